@@ -1,0 +1,70 @@
+# Everything is one command away: git, Python 3.11+ and make are all that has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+GPTQ ?= runs/qlora-merged-base-gptq
+PORT ?= 8000
+# The Hub and telemetry are asked for nothing; pins hold inside pip's build environments too.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DVC_NO_ANALYTICS := 1
+export TOKENIZERS_PARALLELISM := false
+export GPTQMODEL_CPU_WORKERS ?= 2
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lab docs serve interop lock carry results seeds browser clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv and install what the lock files pin
+
+$(READY): requirements/lock.txt requirements/carriers.txt setup.py settings.ini
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmops needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/requirements/lock.txt $(BIN)/python -m pip install --progress-bar off -r requirements/lock.txt
+	$(BIN)/python -m pip install --progress-bar off --no-deps -r requirements/carriers.txt
+	$(BIN)/python -m pip install --progress-bar off --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: $(READY)  ## run the pipeline and show the leaderboard
+	dvc repro
+	@python -m llmops.evaluation.leaderboard show
+
+test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
+	python -m llmops.batch check
+	ruff check llmops tests
+	mypy
+	nbdev_test --n_workers 2
+	python -m llmops.site build
+	python -m llmops.site check
+	python -m pytest -q tests
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=.
+
+docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
+	python -m llmops.site build
+	python -m llmops.site check
+	python -m llmops.site serve
+
+serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
+	python -m llmops.deployment.serving runs/serving --port $(PORT)
+
+carry: $(READY)  ## carry the outputs of the last run back into the notebooks
+	python -m llmops.batch carry
+
+browser:  # the browser that the tests drive
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	echo "no Chromium found: install it with your system's package manager; the browser tests need it"
+
+lock:  ## resolve requirements/main.in again into requirements/lock.txt
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --progress-bar off -r requirements/main.in
+	.venv-lock/bin/python -m pip freeze --all | sed 's/+cpu$$//; /^nvidia-/d; /^triton==/d' > requirements/lock.txt
+	rm -rf .venv-lock
+
+clean:  ## remove what runs and builds left, keep the environment
+	rm -rf runs _docs _proc build dist
