@@ -13,7 +13,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lab docs serve interop lock carry results seeds browser clean
+.PHONY: help setup run test check lab docs serve interop lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -28,7 +28,9 @@ $(READY): requirements/lock.txt requirements/carriers.txt setup.py settings.ini
 	$(BIN)/python -m pip install --progress-bar off --no-deps --no-build-isolation -e .
 	@touch $@
 
+run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
+	dvc repro evaluate@qlora-merged-base  # the first tuned row comes first
 	dvc repro
 	@python -m llmops.evaluation.leaderboard show
 
@@ -52,8 +54,11 @@ docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)
 
-carry: $(READY)  ## carry the outputs of the last run back into the notebooks
+results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site
 	python -m llmops.batch carry
+	mkdir -p nbs/results
+	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
+	python -m llmops.site readme
 
 browser:  # the browser that the tests drive
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

@@ -19,6 +19,7 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
+    classifiers=["Development Status :: 3 - Alpha", "Programming Language :: Python :: 3.11"],
     packages=find_packages(include=["llmops", "llmops.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
@@ -26,6 +27,7 @@ setup(
     entry_points={
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
         "papermill.engine": ["llmops=llmops.batch:LibraryEngine"],
+        "papermill.io": ["params=llmops.batch:ParamFiles"],
     },
     zip_safe=False,
 )

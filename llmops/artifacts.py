@@ -223,7 +223,7 @@ def verify(
         raise ArtifactError(f"{relative_path(path)}/{MANIFEST}: its digest does not follow from its files")
     return digest
 
-# %% ../nbs/0_foundation/01_artifacts.ipynb #35a9aa75
+# %% ../nbs/0_foundation/01_artifacts.ipynb #de754feb
 def lineage(
     path: str | Path,  # an artifact's folder
     depth: int = 0,  # how far from the artifact that was asked about
@@ -234,13 +234,14 @@ def lineage(
     rows = [] if depth else [{"depth": 0, "role": "", "ref": relative_path(path), "kind": manifest["kind"],
                               "digest": manifest["digest"], "unchanged": True}]
     for role, i in manifest["inputs"].items():
+        row = {"depth": depth + 1, "role": role, "ref": i["ref"], "digest": i["digest"], "kind": "source"}
         try:
-            now, there = input_digest(i["ref"]), source(i["ref"])
-        except ArtifactError:
-            now, there = None, None
-        made = there is not None and (there / MANIFEST).is_file()
-        rows.append({"depth": depth + 1, "role": role, "ref": i["ref"], "digest": i["digest"],
-                     "kind": read_manifest(there)["kind"] if made else "source", "unchanged": now == i["digest"]})
-        if made:
-            rows += lineage(there, depth + 1)
+            there = source(i["ref"])
+        except ArtifactError:  # gone, or a package that is not installed here
+            rows.append(row | {"kind": "missing", "unchanged": False})
+            continue
+        made = (there / MANIFEST).is_file()
+        kind = read_manifest(there)["kind"] if made else "source"
+        rows.append(row | {"kind": kind, "unchanged": input_digest(there) == i["digest"]})
+        rows += lineage(there, depth + 1) if made else []
     return rows

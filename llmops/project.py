@@ -6,12 +6,12 @@
 __all__ = ['T', 'project_root', 'resolve_path', 'relative_path', 'ParamError', 'explain', 'stage_params', 'read_params',
            'seed_everything']
 
-# %% ../nbs/0_foundation/00_project.ipynb #53d55dd2
+# %% ../nbs/0_foundation/00_project.ipynb #9fad90d4
 import os
 import random
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import yaml
 from pydantic import ConfigDict, ValidationError
@@ -64,12 +64,13 @@ def explain(
             lines.append(f"{param}: {e['msg'].removeprefix('Value error, ')}; got {e['input']!r} ({type(e['input']).__name__})")
     return f"{name} refused its parameters:\n  " + "\n  ".join(lines)
 
-# %% ../nbs/0_foundation/00_project.ipynb #8acc8f20
+# %% ../nbs/0_foundation/00_project.ipynb #f1e5f162
+@dataclass_transform(frozen_default=True)
 def stage_params(
     cls: type[T],  # a class with annotated fields and defaults
 ) -> type[T]:  # the same as a strict, frozen dataclass that raises `ParamError`
     "Make a class the strict parameters of a stage."
-    strict = pydantic_dataclass(config=ConfigDict(strict=True, extra="forbid"), frozen=True)(cls)
+    strict: Any = pydantic_dataclass(config=ConfigDict(strict=True, extra="forbid"), frozen=True)(cls)
     checked, known = strict.__init__, list(strict.__dataclass_fields__)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -99,7 +100,7 @@ def read_params(
         raise ParamError(f"{path}: expected one mapping of parameter to value, got {type(values).__name__}")
     return values
 
-# %% ../nbs/0_foundation/00_project.ipynb #2ce0e3b8
+# %% ../nbs/0_foundation/00_project.ipynb #348b04bc
 def seed_everything(
     seed: int,  # 0 <= seed < 2**32
 ) -> None:
@@ -109,5 +110,6 @@ def seed_everything(
         numpy.random.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(seed)  # seeds every device
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which would import torch's compiler
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is filled first: slow, and never read
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

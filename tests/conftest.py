@@ -1,0 +1,38 @@
+"""What several test files use: a copy of the project to run things in, and a quiet, offline environment."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", DVC_NO_ANALYTICS="1")
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+# commands of the environment that runs the tests, whether or not it is activated
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def copy_project(to: Path) -> Path:
+    "Copy the project's files (tracked or new, nothing ignored) to `to` and make it a git checkout of its own."
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for args in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "copy"]):
+        subprocess.run([*git, *args], cwd=to, check=True)
+    return to
+
+
+def copy_env(project: Path) -> dict[str, str]:
+    "The environment for commands in a copy: its own library comes before the installed one."
+    return {**os.environ, "PYTHONPATH": str(project)}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A fresh copy of the project."
+    return copy_project(tmp_path_factory.mktemp("project"))

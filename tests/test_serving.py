@@ -1,0 +1,333 @@
+"""The repack is exact, and the server is one that an OpenAI client can rely on."""
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
+
+from llmops.artifacts import begin, input_digest, seal, verify
+from llmops.deployment.repack import RepackError, compare, gptq_weight, checkpoint_tensors, repack, round_to_gptq
+from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
+from llmops.models import load, tiny
+from llmops.project import project_root
+
+HELLO = [{"role": "user", "content": "Who wrote the letter?"}]
+
+
+def quantize(arch: str, out: Path, **settings) -> Path:
+    "A GPTQ checkpoint as GPTQModel writes it, in a process of its own: it changes torch's settings."
+    code = f"""
+import os; os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+from gptqmodel import GPTQModel, QuantizeConfig
+model = GPTQModel.load({str(tiny(arch))!r}, QuantizeConfig(bits=4, sym=True, **{settings!r}), device="cpu")
+model.quantize(["The letter was written by a clerk in the winter of 1911, and nobody read it."] * 8, batch_size=1)
+model.save({str(out)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory):
+    return quantize("llama", tmp_path_factory.mktemp("gptq") / "llama", group_size=32, desc_act=False)
+
+
+def test_repack_of_a_gptqmodel_checkpoint_is_exact(gptq, tmp_path):
+    types = repack(gptq, tmp_path / "model.gguf")
+    assert types["Q4_0"] == 14 and sum(types.values()) == 20  # two layers of seven; embedding and five norms
+    assert compare(gptq, tmp_path / "model.gguf") == []
+
+
+def test_our_dequantisation_is_gptqmodels(gptq):
+    "The comparison would prove little if both sides of it were only ours."
+    model, _ = load(gptq, dtype="float32")
+    layers, checked = dict(model.named_modules()), 0
+    for name, parts in checkpoint_tensors(gptq):
+        if "qweight" in parts and hasattr(layers[name], "dequantize_weight"):
+            theirs = layers[name].dequantize_weight().float().T.numpy()
+            ours = gptq_weight(parts, 1)
+            assert theirs.shape == ours.shape
+            assert np.array_equal(ours.astype(np.float16), theirs.astype(np.float16)), name
+            checked += 1
+    assert checked == 14
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
+def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tmp_path):
+    "Names, row order, rotary settings and biases are right when both engines say the same."
+    from llmops.deployment.serving import llamacpp_server
+    folder = round_to_gptq(tiny(arch), tmp_path / arch)
+    repack(folder, tmp_path / "model.gguf")
+    server = llamacpp_server(tmp_path / "model.gguf", arch, 256, 1, 1)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(20, 40000, 24).tolist() for _ in range(6)]
+    found = [server.handle_completions({"prompt": r, "max_tokens": 1, "temperature": 0, "logprobs": 5})["choices"][0]["logprobs"] for r in rows]
+    model = plain_model(folder, tiny(arch))
+    agree = []
+    for row, said in zip(rows, found, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([row])).logits[0, -1].log_softmax(-1)
+        first = said["content"][0]
+        agree.append(abs(expected[first["id"]].item() - first["logprob"]))
+    assert np.median(agree) < 0.05, agree
+
+
+def plain_model(folder: Path, base: Path):
+    "The checkpoint's weights in plain float32 layers."
+    model, _ = load(base, dtype="float32")
+    state = model.state_dict()
+    for name, parts in checkpoint_tensors(folder):
+        if "qweight" in parts:
+            state[f"{name}.weight"].copy_(torch.from_numpy(np.ascontiguousarray(gptq_weight(parts, 1))))
+    return model
+
+
+def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
+    ordered = quantize("llama", tmp_path / "ordered", group_size=32, desc_act=True)
+    with pytest.raises(RepackError, match="act-order"):
+        repack(ordered, tmp_path / "no.gguf")
+    config = json.loads((ordered / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = False  # the flag lies; the tensors do not
+    (ordered / "config.json").write_text(json.dumps(config))
+    try:
+        repack(ordered, tmp_path / "no.gguf")
+    except RepackError as e:
+        assert "group index is permuted" in str(e)
+        assert not (tmp_path / "no.gguf").exists()
+    with pytest.raises(RepackError, match="16 is no multiple of Q4_0's 32"):
+        repack(round_to_gptq(tiny("llama"), tmp_path / "g16", 16), tmp_path / "no.gguf")
+    with pytest.raises(RepackError, match="falcon is not one of"):
+        other = shutil.copytree(gptq, tmp_path / "falcon")
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"model_type": "falcon"}))
+        repack(other, tmp_path / "no.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_name_and_licence_come_from_the_gguf_that_the_base_came_from(gptq, tmp_path):
+    import gguf
+
+    from llmops.artifacts import EMBEDDED_MODEL, source
+    from llmops.deployment.repack import base_gguf, gguf_fields
+    base, made = tmp_path / "base", tmp_path / "gptq"
+    work = begin(base)
+    (work / "config.json").write_text("{}")
+    seal(work, base, "model", "llmops.models", {}, {"model": EMBEDDED_MODEL})
+    work = begin(made)
+    shutil.copytree(gptq, work, dirs_exist_ok=True)
+    seal(work, made, "gptq", "llmops.deployment.quantization", {}, {"model": base})
+    assert base_gguf(made) == source(EMBEDDED_MODEL) and base_gguf(gptq) is None
+    repack(made, tmp_path / "model.gguf")
+    fields = gguf_fields(tmp_path / "model.gguf", "general.")
+    assert fields["general.license"][0] == "apache-2.0"
+    assert fields["general.file_type"][0] == int(gguf.LlamaFileType.MOSTLY_Q4_0)
+
+
+def test_one_changed_scale_is_found(gptq, tmp_path):
+    repack(gptq, tmp_path / "model.gguf")
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    data[-40] ^= 1
+    (tmp_path / "model.gguf").write_bytes(data)
+    assert len(compare(gptq, tmp_path / "model.gguf")) == 1
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def served(out: Path, **params):
+    cfg = ServingParams(out=str(out), questions=1, max_tokens=8, speed_tokens=4, threads=1, **{"wandb": "disabled", **params})
+    made = serve_winner(cfg)
+    manifest = seal(made.work, cfg.out, "served", "llmops.deployment.serving", cfg, made.inputs, made.metrics, ("answers.json",))
+    return made, manifest
+
+
+@pytest.fixture(scope="module")
+def stages(gptq, tmp_path_factory):
+    home = tmp_path_factory.mktemp("served")
+    winner = home / "leaderboard"
+    work = begin(winner)
+    (work / "winner.json").write_text(json.dumps({"version": "tiny-gptq", "ref": str(gptq), "digest": input_digest(gptq)}))
+    seal(work, winner, "leaderboard", "llmops.evaluation.leaderboard", {})
+    return {"llamacpp": (home / "fast", *served(home / "fast", model=str(winner))),
+            "transformers": (home / "plain", *served(home / "plain", model="tiny:llama"))}
+
+
+@pytest.fixture(scope="module", params=["llamacpp", "transformers"])
+def server(stages, request):
+    folder, made, manifest = stages[request.param]
+    with running(folder, threads=1) as (address, process):
+        client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+        yield client, made, manifest, process
+
+
+def test_stage(stages):
+    folder, made, manifest = stages["llamacpp"]
+    assert made.about["engine"] == "llamacpp" and made.about["model"] == "tiny-gptq"
+    assert made.metrics["decode_ratio"] > 0 and "decode_tokens_per_second" in json.dumps(made.speed)
+    assert set(manifest["files"]) == {"model.gguf", "serving.json"}  # answers and times stay out of the digest
+    assert made.answers[0]["answer"] == made.answers[0]["streamed"]
+    assert verify(folder) == manifest["digest"]
+    assert stages["transformers"][1].about["reason"] == "tiny-llama: is no GPTQ checkpoint"
+
+
+def test_stage_gives_the_same_digest_again(stages, gptq, tmp_path):
+    from llmops.deployment.repack import repack as again
+    again(gptq, tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == (stages["llamacpp"][0] / "model.gguf").read_bytes()
+
+
+def test_engine_that_is_asked_for_is_not_replaced(tmp_path):
+    with pytest.raises(RepackError, match="is no GPTQ checkpoint"):
+        served(tmp_path / "no", model="tiny:llama", engine="llamacpp")
+    assert not (tmp_path / "no").exists()
+
+
+def test_models_and_health(server):
+    client, made, manifest, _ = server
+    model = client.models.list().data[0]
+    assert model.id == made.about["model"]
+    assert model.digest == made.about["digest"] and model.served_digest == manifest["digest"]
+    assert httpx.get(str(client.base_url).replace("/v1/", "/health")).json()["status"] == "ok"
+
+
+def test_plain_and_streamed_answers_agree(server):
+    client, made, *_ = server
+    ask = {"model": made.about["model"], "messages": HELLO, "max_tokens": 12}
+    plain = client.chat.completions.create(**ask)
+    assert plain.choices[0].finish_reason in ("stop", "length")
+    assert plain.usage.total_tokens == plain.usage.prompt_tokens + plain.usage.completion_tokens
+    assert 0 < plain.usage.completion_tokens <= 12
+    parts = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == plain.choices[0].message.content
+    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == plain.choices[0].finish_reason
+    assert parts[-1].usage.completion_tokens == plain.usage.completion_tokens
+
+
+def test_sampling_stop_and_parts(server):
+    client, made, *_ = server
+    def say(**kwargs):
+        return client.chat.completions.create(**{"model": made.about["model"], "messages": HELLO, "max_tokens": 12} | kwargs)
+    greedy = say().choices[0].message.content
+    assert say(temperature=0).choices[0].message.content == greedy
+    warm = [say(temperature=1.5, seed=s).choices[0].message.content for s in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+    stop = greedy[len(greedy) // 2 :][:3]
+    cut = say(stop=[stop])
+    assert cut.choices[0].message.content == greedy[: greedy.index(stop)] and cut.choices[0].finish_reason == "stop"
+    assert say(messages=[{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"]}]}]).choices[0].message.content == greedy
+
+
+@pytest.mark.parametrize("wrong, error, says", [
+    ({"messages": []}, BadRequestError, "messages"),
+    ({"messages": [{"role": "king", "content": "x"}]}, BadRequestError, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": 7}]}, BadRequestError, "messages.0.content"),
+    ({"model": "gpt-9"}, NotFoundError, "there is no 'gpt-9' here"),
+    ({"temperature": -1}, BadRequestError, "temperature"),
+    ({"max_tokens": 0}, BadRequestError, "max_tokens"),
+    ({"top_p": 0}, BadRequestError, "top_p"),
+    ({"n": 3}, BadRequestError, "n: "),
+    ({"messages": [{"role": "user", "content": "letter " * 3000}]}, BadRequestError, "tokens and the context holds 1024")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_get_openai_errors(server, wrong, error, says, stream):
+    client, made, *_ = server
+    with pytest.raises(error) as e:
+        client.chat.completions.create(**{"model": made.about["model"], "messages": HELLO, "max_tokens": 4, "stream": stream} | wrong)
+    assert says in e.value.body["message"] and e.value.body["type"] == "invalid_request_error"
+    if "letter letter" in json.dumps(wrong):
+        assert e.value.body["code"] == "context_length_exceeded" and e.value.body["param"] == "messages"
+
+
+def test_what_is_not_json_and_what_is_not_there(server):
+    client, *_ = server
+    base = str(client.base_url)
+    assert httpx.post(f"{base}chat/completions", content=b"{").status_code == 400
+    assert httpx.get(f"{base}nothing").json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{base}models", headers={"host": "example.org"}).status_code == 400  # a page of another site
+
+
+def test_concurrent_requests(server):
+    client, made, *_ = server
+    texts, answers = [f"What is {i} and {i}?" for i in range(6)], {}
+    def ask(text):
+        reply = client.chat.completions.create(model=made.about["model"], messages=[{"role": "user", "content": text}], max_tokens=8)
+        answers[text] = reply.usage.completion_tokens
+    threads = [threading.Thread(target=ask, args=(t,)) for t in texts]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert sorted(answers) == sorted(texts) and all(0 < n <= 8 for n in answers.values())
+
+
+def test_a_client_that_leaves_does_not_block_the_next(server):
+    client, made, *_ = server
+    stream = client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1)
+    next(iter(stream))
+    stream.close()
+    assert client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=2).usage.completion_tokens > 0
+
+
+def test_port_in_use(stages):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run([sys.executable, "-m", "llmops.deployment.serving", str(stages["llamacpp"][0]), "--port", str(port)],
+                              cwd=project_root(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert done.stderr.strip() == (f"error: port {port}: cannot be used (Address already in use); "
+                                       "end the program that has it or choose another with --port")
+        with pytest.raises(ServingError, match="cannot be used"), running(stages["llamacpp"][0], port):
+            pass
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ends_cleanly(stages, end):
+    with running(stages["llamacpp"][0], threads=1) as (address, process):
+        OpenAI(base_url=address, api_key="none").models.list()
+        process.send_signal(end)
+        assert process.wait(20) == 0
+
+
+def test_killed_server(stages):
+    with running(stages["llamacpp"][0], threads=1) as (address, process):
+        client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=20)
+        stream = client.chat.completions.create(model="tiny-gptq", messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1)
+        next(iter(stream))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(Exception):  # noqa: B017 - the transport names it in different ways
+            list(stream)
+        with pytest.raises(APIConnectionError):
+            client.models.list()
+
+
+def test_altered_or_missing_artifact_is_not_served(stages, tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 1
+    assert "no serving.json" in capsys.readouterr().err
+    copy = shutil.copytree(stages["llamacpp"][0], tmp_path / "copy")
+    data = bytearray((copy / "model.gguf").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.gguf").write_bytes(data)
+    assert main([str(copy), "--port", "0"]) == 1
+    assert "model.gguf: altered since it was sealed" in capsys.readouterr().err
+
+
+def test_the_log_has_no_content(stages):
+    folder = stages["llamacpp"][0]
+    process = subprocess.Popen([sys.executable, "-m", "llmops.deployment.serving", str(folder), "--port", "0"], cwd=project_root(),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    line = next(x for x in process.stdout if x.startswith("serving "))
+    client = OpenAI(base_url=line.split()[-1], api_key="none")
+    client.chat.completions.create(model="tiny-gptq", messages=[{"role": "user", "content": "xyzzy"}], max_tokens=2)
+    process.send_signal(signal.SIGINT)
+    log, _ = process.communicate(timeout=20)
+    assert "POST /v1/chat/completions" in log and "200" in log and "xyzzy" not in log
+    assert "Traceback" not in log
