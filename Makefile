@@ -5,6 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 GPTQ ?= runs/qlora-merged-base-gptq
 PORT ?= 8000
+AGQ := .venv-auto-gptq
 # The Hub and telemetry are asked for nothing; pins hold inside pip's build environments too.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
@@ -50,6 +51,15 @@ docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
 	python -m llmops.site build
 	python -m llmops.site check
 	python -m llmops.site serve
+
+interop: $(READY) $(AGQ)/.ready  ## does AutoGPTQ 0.7.1 read our checkpoint? GPTQ=runs/...
+	python tests/interop_auto_gptq.py $(GPTQ) --python $(AGQ)/bin/python
+
+$(AGQ)/.ready: requirements/auto-gptq.txt
+	$(PYTHON) -m venv --clear $(AGQ)
+	grep -v '^auto_gptq' $< | $(AGQ)/bin/python -m pip install --progress-bar off -r /dev/stdin
+	BUILD_CUDA_EXT=0 $(AGQ)/bin/python -m pip install --progress-bar off --no-build-isolation -r $<
+	@touch $@
 
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)

@@ -113,7 +113,7 @@ def scaled_linear(
 
     return ScaledLinear()
 
-# %% ../../nbs/4_deployment/41a_compensation.ipynb #77eaeacf
+# %% ../../nbs/4_deployment/41a_compensation.ipynb #01b0fff8
 def open_student(
     reference: str | Path,  # the unquantised model's folder
     folder: str | Path,  # the GPTQ checkpoint made from it
@@ -137,8 +137,10 @@ def open_student(
         setattr(model.get_submodule(parent), child, layers[name])
     for name, module in model.named_modules():
         if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-            module.weight = torch.nn.Parameter(tensors.get(f"{name}.weight", module.weight).detach().float().clone())
-            module.register_forward_hook(lambda _, args, out: out.to(args[0].dtype))  # a float32 weight widens its output
+            module.float().weight.requires_grad_(True)  # in float32: bf16 would swallow small steps
+            module.weight.data.copy_(tensors.get(f"{name}.weight", module.weight.data))
+            module.register_forward_pre_hook(lambda _, args: tuple(a.float() for a in args))
+            module.register_forward_hook(lambda _, args, out: out.to(getattr(torch, dtype)))
             norms[name] = module
     return model, layers, norms
 
