@@ -54,12 +54,14 @@ TINY_SIZE: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1024, "initializer_range": 0.1,
     "use_cache": True}
 
-# %% ../nbs/0_foundation/03_models.ipynb #6b2c4010
+# %% ../nbs/0_foundation/03_models.ipynb #a1af1c86
+for noisy in ("bitsandbytes", "torchao", "optimum", "gptqmodel", "torch.utils._pytree"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)  # before their import: they warn about kernels for other machines
+
+
 def quiet() -> None:
     "Turn off the libraries' progress bars, and warnings that bitsandbytes prints per layer and call."
     from transformers.utils import logging as hf_logging
-    for name in ("bitsandbytes", "torchao", "optimum", "gptqmodel", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
 

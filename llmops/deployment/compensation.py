@@ -220,7 +220,7 @@ def step_losses(
     ((answer_weight * losses[0] + (1 - answer_weight) * losses[1]) / parts).backward()
     return {"answers": losses[0].item(), "others": losses[1].item()}
 
-# %% ../../nbs/4_deployment/41a_compensation.ipynb #0f55eb68
+# %% ../../nbs/4_deployment/41a_compensation.ipynb #b6c9620d
 def compensate(
     reference: str | Path,  # the unquantised model's folder
     folder: str | Path,  # the GPTQ checkpoint made from it; its scales and norms are rewritten
@@ -229,7 +229,7 @@ def compensate(
     steps: int,  # optimiser steps
     batch_size: int = 8,  # rows per step
     micro: int = 4,  # rows in memory at once
-    rate: float = 4e-3,  # highest learning rate, relative to each scale
+    rate: float = 1e-3,  # highest learning rate, relative to each scale
     others: int = 256,  # positions outside answers per step
     answer_weight: float = 0.5,  # share of the loss that the answers have, 0-1
     seed: int = 42,  # of the order and the positions

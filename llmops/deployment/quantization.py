@@ -37,7 +37,7 @@ from ..tracking import track
 if TYPE_CHECKING:
     import torch
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #1e20a088
+# %% ../../nbs/4_deployment/41_quantization.ipynb #46c4c23b
 @stage_params
 class QuantizationParams:
     "What the quantisation stage may be told."
@@ -59,7 +59,7 @@ class QuantizationParams:
     batch_size: Annotated[int, Field(ge=1)] = 8  # calibration rows at once
     compensate_steps: Annotated[int, Field(ge=0)] = 2  # steps of scale tuning after GPTQ; 0: off
     compensate_batch: Annotated[int, Field(ge=1)] = 4  # rows per step
-    compensate_rate: Annotated[float, Field(gt=0, lt=1)] = 4e-3  # highest learning rate, relative to each scale
+    compensate_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # highest learning rate, relative to each scale
     compensate_general: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of general text in a step
     check_rows: Annotated[int, Field(ge=1)] = 4  # validation rows over which the artifact must stay close to its source
     max_kl: Annotated[float, Field(gt=0)] = 3.0  # nats per token: more than that and the artifact is refused as broken
