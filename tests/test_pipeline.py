@@ -36,7 +36,7 @@ def smoke(project: Path) -> Path:
     killed = subprocess.Popen(["dvc", "repro"], cwd=project, env=copy_env(project), start_new_session=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (project / "runs" / ".partial" / "qlora").exists():  # fine-tuning has begun
-        assert killed.poll() is None and time.time() - started < 120
+        assert killed.poll() is None and time.time() - started < 400
         time.sleep(0.2)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -77,7 +77,7 @@ def test_prose_reruns_nothing(smoke: Path) -> None:
 
 def test_one_parameter_reruns_what_depends_on_it(smoke: Path) -> None:
     path = smoke / "params" / "smoke" / "serving.yaml"
-    path.write_text(path.read_text() + "\n# changed\n")
+    path.write_text(path.read_text().replace("questions: 2", "questions: 1"))
     assert set(ran(repro(smoke))) == {"serving"}
 
 
