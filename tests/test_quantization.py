@@ -56,8 +56,8 @@ def test_other_seed_other_calibration(tmp_path):
     assert rows[0] != rows[1] and len(rows[0]) == 4
 
 
-@pytest.mark.parametrize("change", [{"sym": False}, {"bits": 8}, {"bits": 2, "max_kl": 9.0}, {"group_size": -1}, {"group_aware": False},
-                                    {"desc_act": True, "compensate_steps": 0}, {"mse": 2.0}, {"gptaq": 0.25, "group_aware": False}])
+@pytest.mark.parametrize("change", [{"sym": False}, {"bits": 8}, {"bits": 2, "max_kl": 9.0}, {"group_size": -1, "group_aware": False}, {"group_aware": False},
+                                    {"desc_act": True, "compensate_steps": 0}, {"mse": 2.0}, {"gptaq": 0.25, "group_aware": False, "batch_size": 1}])
 def test_settings_reach_the_weights(change, tmp_path):
     _, plain = made(tmp_path, "plain", compensate_steps=0)
     done, other = made(tmp_path, "other", **({"compensate_steps": 0} | change))

@@ -363,7 +363,7 @@ def check(
         raise ArtifactError(f"{cfg.out}: KL to {cfg.model} is {found['kl']:.3f} nats per answer token, above max_kl {cfg.max_kl}: the model is broken")
     return found | {"bits_per_weight": width, "size_mb": size_mb(work)}
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #4df2e445
+# %% ../../nbs/4_deployment/41_quantization.ipynb #fda122d6
 @dataclass
 class Quantized:
     "What the stage made, ready to be sealed."
@@ -386,6 +386,10 @@ def quantize(
     tune = cfg.compensate_steps if cfg.method == "gptq" else 0
     if tune and cfg.desc_act:
         raise ParamError("compensate_steps: compensation needs desc_act: false; set one of them to 0")
+    if cfg.method == "gptq" and cfg.group_aware and cfg.group_size == -1:
+        raise ParamError("group_aware: there are no groups to order with group_size: -1; set group_aware: false")
+    if cfg.method == "gptq" and cfg.gptaq and cfg.batch_size > 1:
+        raise ParamError(f"batch_size: GPTAQ compares its inputs row by row; set batch_size: 1 (got {cfg.batch_size}), or gptaq: 0")
     import torch  # noqa: F401  # so that the seed reaches it
     seed_everything(cfg.seed)
     inputs = {"model": folder, "data": dataset_path(cfg.data)}
@@ -420,7 +424,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #bb57eb55
+# %% ../../nbs/4_deployment/41_quantization.ipynb #81d83eee
 STEPS: dict[str, dict[str, Any]] = {  # what changes with each row of the table, on top of the row before
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
     "GPTQ, 64 task rows, groups of 64": {"group_size": 64, "task_rows": 64, "general_rows": 0},
@@ -428,7 +432,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what changes with each row of the table,
     "+ 16 general rows": {"general_rows": 16},
     "+ compensation": {"compensate_steps": 16, "compensate_batch": 8},
     "without it, scale search": {"compensate_steps": 0, "mse": 2.4},
-    "without it, GPTAQ": {"mse": 0.0, "gptaq": 0.25},
+    "without it, GPTAQ": {"mse": 0.0, "gptaq": 0.25, "batch_size": 1},
 }
 RESULTS = "nbs/4_deployment/results/quantization.json"
 
