@@ -250,7 +250,7 @@ def check_targets(
         raise ParamError(f"targets: the model has no linear layer named {', '.join(unknown)}; it has {', '.join(known)} (or all-linear)")
     return names
 
-# %% ../../nbs/2_adaptation/22_finetuning.ipynb #5009228a
+# %% ../../nbs/2_adaptation/22_finetuning.ipynb #3ae405cf
 def open_model(
     cfg: FinetuningParams,  # method, model, rank, alpha, dropout, targets, seed
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Any]:  # base, tokenizer, and PEFT's configuration (None when full)
@@ -258,7 +258,6 @@ def open_model(
     import torch
     from peft import LoraConfig
     seed_everything(cfg.seed)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch would fill every new tensor first: slow, and nothing reads it
     if cfg.method == "full":  # float32 weights; the products run in bfloat16 where that is quick
         model, tokenizer = load(cfg.model, dtype="float32", train=True)
         return model, tokenizer, None
