@@ -36,7 +36,7 @@ run: $(READY)  ## run the pipeline and show the leaderboard
 	@python -m llmops.evaluation.leaderboard show
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
-	python -m llmops.batch check
+	python -m llmops.notebooks check
 	ruff check llmops tests
 	mypy
 	nbdev_test --n_workers 2
@@ -69,7 +69,7 @@ seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (an 
 	python -m llmops.evaluation.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 
 results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site
-	python -m llmops.batch carry
+	python -m llmops.notebooks carry
 	mkdir -p nbs/results
 	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
 	python -m llmops.site readme
@@ -79,10 +79,14 @@ browser:  # the browser that the tests drive
 	{ command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
 	echo "no Chromium found: install it with your system's package manager; the browser tests need it"
 
-lock:  ## resolve requirements/main.in again into requirements/lock.txt
+lock:  ## resolve requirements/*.in again into requirements/lock.txt and auto-gptq.txt
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --progress-bar off -r requirements/main.in
 	.venv-lock/bin/python -m pip freeze --all | sed 's/+cpu$$//; /^nvidia-/d; /^triton==/d' > requirements/lock.txt
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	grep -v '^auto-gptq' requirements/auto-gptq.in | .venv-lock/bin/python -m pip install --progress-bar off -r /dev/stdin
+	BUILD_CUDA_EXT=0 .venv-lock/bin/python -m pip install --progress-bar off --no-build-isolation -r requirements/auto-gptq.in
+	.venv-lock/bin/python -m pip freeze --all | sed 's/+cpu$$//; /^nvidia-/d; /^triton==/d' > requirements/auto-gptq.txt
 	rm -rf .venv-lock
 
 clean:  ## remove what runs and builds left, keep the environment

@@ -11,7 +11,7 @@ __all__ = ['TINY', 'TINY_SIZE', 'Kind', 'PLAIN_TEMPLATE', 'NF4_BYTES', 'quiet', 
            'dequantize', 'size_mb', 'peak_memory_mb', 'decode_speed', 'synchronize', 'meta_model', 'estimate_memory',
            'ModelParams', 'room', 'Imported', 'import_model']
 
-# %% ../nbs/0_foundation/03_models.ipynb #bfbf4a41
+# %% ../nbs/0_foundation/03_models.ipynb #d878f607
 import io
 import json
 import logging
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import (
-    EMBEDDED_MODEL, ArtifactError, begin, file_digest, input_digest, json_digest, read_manifest, seal, source, versions)
+    EMBEDDED_MODEL, ArtifactError, begin, file_digest, input_digest, json_digest, read_manifest, seal, source, versions, working)
 from .project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from .tracking import track
 
@@ -408,15 +408,22 @@ def apply_adapter(
             raise ArtifactError(f"{why}{len(odd)} weights have no place there or are missing, the first {min(odd)}")
     return tuned
 
-# %% ../nbs/0_foundation/03_models.ipynb #6e9b8323
+# %% ../nbs/0_foundation/03_models.ipynb #41da4908
 def encode_prompt(
     tokenizer: "PreTrainedTokenizerBase",  # a tokenizer with a chat template
     messages: list[dict[str, str]],  # `role` and `content` of each message
 ) -> list[int]:  # token ids up to where the assistant's answer starts
-    "A conversation as tokens, ready to be answered."
-    ids: Any = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False)
-    return ids
+    "A conversation as tokens, ready to be answered. Where a template refuses a system message, it opens the user's turn."
+    from jinja2 import TemplateError
+
+    def encode(turns: list[dict[str, str]]) -> Any:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False)
+    try:
+        return encode(messages)
+    except TemplateError:  # Gemma 1 and 2 and the early Mistrals know no system role
+        if [m["role"] for m in messages[:2]] != ["system", "user"]:
+            raise
+        return encode([{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]])
 
 # %% ../nbs/0_foundation/03_models.ipynb #55e5a582
 def encode_completion(
@@ -672,19 +679,19 @@ def meta_model(
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
-# %% ../nbs/0_foundation/03_models.ipynb #3274f0d0
+# %% ../nbs/0_foundation/03_models.ipynb #20a9f067
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # per weight: a code, a scale per 64, a scale per 256 scales
 
 def estimate_memory(
     ref: Any,  # a transformers config, or any model reference
-    method: Literal["qlora", "lora", "full", "inference", "inference-nf4"] = "qlora",  # what is done with it
+    method: Literal["qlora", "lora", "full", "gptq", "inference", "inference-nf4"] = "qlora",  # what is done with it
     *,
     batch_size: int = 1,  # rows at once
     sequence_length: int = 1024,  # tokens per row
     answer_tokens: int = 64,  # tokens per row that pass through the vocabulary
     rank: int = 16,  # LoRA rank, on every linear layer
     checkpointing: bool = True,  # keep one activation per layer and compute the rest again
-) -> dict[str, float]:  # GB (10**9 bytes): weights, optimizer, activations, logits, cache, total
+) -> dict[str, float]:  # GB (10**9 bytes): weights, optimizer, activations, logits, cache, hessians, total
     "What a model takes, from its shapes: bfloat16; gradient, moments and a copy of what is trained in float32."
     import torch
     model = meta_model(ref)
@@ -692,7 +699,7 @@ def estimate_memory(
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     inner = sum(m.weight.numel() for m in linear)
     outer = sum(p.numel() for p in model.parameters()) - inner
-    train, four_bit = not method.startswith("inference"), method in ("qlora", "inference-nf4")
+    train, four_bit = method in ("qlora", "lora", "full"), method in ("qlora", "inference-nf4")
     layers, tokens = config.num_hidden_layers, batch_size * sequence_length
     width = sum(m.in_features + m.out_features for m in linear) / layers  # activations that one layer makes, per token
     kept = layers * config.hidden_size + width if checkpointing else layers * width
@@ -704,8 +711,9 @@ def estimate_memory(
         "weights": inner * NF4_BYTES + (outer + unpacked) * 2 if four_bit else (inner + outer) * 2,
         "optimizer": 0 if not train else (inner + outer) * 14 if method == "full" else adapter * 16,
         "activations": tokens * 2 * (kept if train else width),
-        "logits": batch_size * answer_tokens * config.vocab_size * (10 if train else 4),
-        "cache": 0 if train else layers * 2 * kv * head_dim * tokens * 2}
+        "logits": 0 if method == "gptq" else batch_size * answer_tokens * config.vocab_size * (10 if train else 4),
+        "cache": 0 if train or method == "gptq" else layers * 2 * kv * head_dim * tokens * 2,
+        "hessians": sum(m.in_features**2 for m in linear) / layers * 4 if method == "gptq" else 0}  # of one layer, in float32
     return {k: v / 1e9 for k, v in (found | {"total": sum(found.values())}).items()}
 
 # %% ../nbs/0_foundation/03_models.ipynb #8f0e4b10
@@ -718,7 +726,7 @@ class ModelParams:
     seed: int = 42  # 0 <= seed < 2**32
     wandb: Literal["offline", "online", "disabled"] = "offline"  # tracking
 
-# %% ../nbs/0_foundation/03_models.ipynb #3bc2a628
+# %% ../nbs/0_foundation/03_models.ipynb #9947415d
 def room(
     path: Path,  # an existing folder
     need: int,  # bytes that will be written
@@ -748,13 +756,9 @@ def import_model(
         raise ParamError(f"model: {cfg.model} is of kind {kind}; a base must be plain weights or a GGUF file")
     model, tokenizer = load(path, dtype=cfg.dtype)
     tokenizer.model_max_length = context_length(model)
-    work = begin(cfg.out)
-    try:
+    with working(cfg.out) as work:
         room(work, model.num_parameters() * model.dtype.itemsize)
         save(model, tokenizer, work)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return Imported(work, {"model": path}, {
         "parameters": model.num_parameters(), "architecture": type(model).__name__, "context": context_length(model),
         "size_mb": size_mb(work)})

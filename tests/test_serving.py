@@ -66,7 +66,7 @@ def test_our_dequantisation_is_gptqmodels(gptq):
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
 def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tmp_path):
     "Names, row order, rotary settings and biases are right when both engines say the same."
-    from llmops.deployment.serving import llamacpp_server
+    from llmops.deployment.gateway import llamacpp_server
     folder = round_to_gptq(tiny(arch), tmp_path / arch)
     repack(folder, tmp_path / "model.gguf")
     server = llamacpp_server(tmp_path / "model.gguf", arch, 256, 1, 1)
@@ -178,7 +178,7 @@ def test_stage(stages):
     assert set(manifest["files"]) == {"model.gguf", "serving.json"}  # answers and times stay out of the digest
     assert made.answers[0]["answer"] == made.answers[0]["streamed"]
     assert verify(folder) == manifest["digest"]
-    assert stages["transformers"][1].about["reason"] == "tiny-llama: is no GPTQ checkpoint"
+    assert stages["transformers"][1].about["reason"] == "the model is no GPTQ checkpoint"
 
 
 def test_stage_gives_the_same_digest_again(stages, gptq, tmp_path):

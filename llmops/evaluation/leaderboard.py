@@ -10,7 +10,7 @@ __all__ = ['TRIVIAL', 'MERGES', 'ORDER', 'ABOUT', 'SCORES', 'DELTA', 'COSTS', 'V
            'spread', 'spread_table', 'seed_spread', 'Leaderboard', 'report', 'make_leaderboard', 'next_commands',
            'main']
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #e3d96545
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #97ade8ad
 import json
 import shutil
 import sys
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..artifacts import begin, file_digest, input_digest, json_digest, read_manifest, seal
+from ..artifacts import begin, file_digest, input_digest, json_digest, read_manifest, seal, working
 from .metrics import EvaluationError, EvaluationParams, divergence, evaluate, interval, judge, summarize
 from ..models import cached, model_path, tiny
 from ..project import relative_path, resolve_path, seed_everything, stage_params
@@ -520,7 +520,7 @@ def report(
         merge_text(merge) + "\n", gptq_text(rows) + "\n",
         f"Winner: `{winner['version']}`, F1 {winner['f1']:.3f}, {winner['size_mb']:,.0f} MB, digest `{winner['digest'][:16]}`.\n"])
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #2cb0474a
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #839effce
 def make_leaderboard(
     cfg: LeaderboardParams,  # what to join
 ) -> Leaderboard:  # to be sealed
@@ -533,12 +533,12 @@ def make_leaderboard(
         rows, merge, winner = with_costs(fixed, versions), merge_verdict(versions, fixed, cfg), choose(versions, fixed)
         run.table("leaderboard", rows)
         run.summary({"winner": winner["version"], "f1": winner["f1"]})
-    work = begin(cfg.out)
-    for name, value in {"leaderboard": rows, "scores": {"rows": fixed, "merge": merge}, "winner": winner}.items():
-        (work / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    questions = next(iter(versions.values())).scores["questions"]
-    (work / "leaderboard.md").write_text(report(rows, merge, winner, questions), encoding="utf-8")
-    plot(rows, work / "leaderboard.svg")
+    with working(cfg.out) as work:
+        for name, value in {"leaderboard": rows, "scores": {"rows": fixed, "merge": merge}, "winner": winner}.items():
+            (work / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        questions = next(iter(versions.values())).scores["questions"]
+        (work / "leaderboard.md").write_text(report(rows, merge, winner, questions), encoding="utf-8")
+        plot(rows, work / "leaderboard.svg")
     return Leaderboard(work, {e.version: e.path for e in versions.values()}, rows, versions, merge, winner, dict(run.metrics))
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #b6f3f90f

@@ -7,7 +7,7 @@ __all__ = ['REFUSAL', 'EvaluationError', 'normalize', 'answer_f1', 'exact_match'
            'gold_logprobs', 'divergence', 'EvaluationParams', 'which_fit', 'answer_rows', 'kept_mb', 'protocol',
            'Evaluation', 'measure', 'evaluate']
 
-# %% ../../nbs/3_evaluation/30_metrics.ipynb #61f87f14
+# %% ../../nbs/3_evaluation/30_metrics.ipynb #65ef45bc
 import json
 import math
 import re
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..artifacts import begin, json_digest, read_manifest, seal
+from ..artifacts import json_digest, read_manifest, seal, working
 from ..datasets import dataset_path, read_split
 from llmops.models import (
     adapter_base,
@@ -274,7 +274,7 @@ def measure(
         raise EvaluationError(f"the perplexity is {scores['perplexity']}: the weights are broken, make the version again")
     return predictions, scores, arrays, metrics
 
-# %% ../../nbs/3_evaluation/30_metrics.ipynb #e57b895f
+# %% ../../nbs/3_evaluation/30_metrics.ipynb #4c92d88a
 def evaluate(
     cfg: EvaluationParams,  # what to evaluate, and how
 ) -> Evaluation:  # to be sealed
@@ -294,11 +294,11 @@ def evaluate(
         run.table("predictions", predictions[:50])
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(rows)} prompts do not fit the context: not asked, scored 0")
-    work = begin(cfg.out)
-    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-    (work / "predictions.jsonl").write_text(lines, encoding="utf-8")
-    (work / "scores.json").write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
-    if arrays:
-        save_file(arrays, work / "logprobs.safetensors")
+    with working(cfg.out) as work:
+        lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+        (work / "predictions.jsonl").write_text(lines, encoding="utf-8")
+        (work / "scores.json").write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
+        if arrays:
+            save_file(arrays, work / "logprobs.safetensors")
     inputs = {"model": path if cfg.model.startswith("tiny:") else cfg.model, "data": dataset_path(cfg.data)}
     return Evaluation(work, inputs, scores, {**run.metrics, **metrics}, predictions)

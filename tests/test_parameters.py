@@ -1,0 +1,63 @@
+"""Every parameter of every stage is read by the stage's work, not only written into its manifest."""
+import ast
+import dataclasses
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> module, dataclass, entry point, parameters
+    "0_foundation/03_models": ("models", "ModelParams", "import_model", {}),
+    "0_foundation/04_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
+    "2_adaptation/22_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {}),
+    "3_evaluation/30_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
+    "3_evaluation/33_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
+    "4_deployment/40_merging": ("deployment.merging", "MergingParams", "merge", {}),
+    "4_deployment/41_quantization": ("deployment.quantization", "QuantizationParams", "quantize", {}),
+    "4_deployment/45_serving": ("deployment.serving", "ServingParams", "serve_winner", {}),
+}
+
+
+@contextmanager
+def watched(params: type) -> Iterator[set[str]]:
+    "The fields that somebody other than `asdict` reads while the block runs."
+    names, seen = {f.name for f in dataclasses.fields(params)}, set[str]()
+
+    def read(self: Any, name: str) -> Any:
+        if name in names and sys._getframe(1).f_code.co_filename != dataclasses.__file__:
+            seen.add(name)
+        return object.__getattribute__(self, name)
+    params.__getattribute__ = read  # type: ignore[method-assign,assignment]
+    try:
+        yield seen
+    finally:
+        del params.__getattribute__
+
+
+def shown(notebook: Path) -> set[str]:
+    "What the cells after the parameters read of `cfg`."
+    cells = json.loads(notebook.read_text())["cells"]
+    first = next(i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
+    code = ["".join(c["source"]) for c in cells[first:] if c["cell_type"] == "code"]
+    return {n.attr for source in code for n in ast.walk(ast.parse(source))
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "cfg"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_is_read(stage: str, tmp_path: Path) -> None:
+    module, name, entry, given = STAGES[stage]
+    library = importlib.import_module(f"llmops.{module}")
+    params = getattr(library, name)
+    known = {f.name for f in dataclasses.fields(params)}
+    with watched(params) as seen:
+        getattr(library, entry)(params(**given, out=str(tmp_path / "made")))
+    shutil.rmtree(tmp_path)
+    seen |= shown(ROOT / "nbs" / f"{stage}.ipynb") | {"wandb"}  # `track` reads it; tests of tracking hold what it does
+    assert not known - seen, f"{sorted(known - seen)}: nobody reads them"
