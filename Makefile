@@ -72,6 +72,7 @@ results: $(READY)  ## keep the last run's figures in the notebooks, the README a
 	python -m llmops.notebooks carry
 	mkdir -p nbs/results
 	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
+	@test ! -f runs/seeds/spread.md || for f in md json; do cp runs/seeds/spread.$$f nbs/results/seeds.$$f; done
 	python -m llmops.site readme
 
 browser:  # the browser that the tests drive

@@ -310,19 +310,22 @@ def serve(
         except KeyboardInterrupt:
             print("stopped")
 
-# %% ../nbs/0_foundation/06_site.ipynb #65bb4665
-BLOCK = re.compile(r"(<!-- leaderboard -->\n).*?(<!-- end of leaderboard -->)", re.S)
+# %% ../nbs/0_foundation/06_site.ipynb #77d5b00b
+BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- end of \1 -->", re.S)
 
 def fill(
-    text: str,  # Markdown that may hold the leaderboard's markers
-    results: Path,  # folder with `leaderboard.md` and `leaderboard.svg`
-) -> str:  # the same with the saved table and plot between the markers
-    "Put the saved leaderboard where its markers are; nothing changes when no run was saved."
-    if not (results / "leaderboard.md").is_file():
-        return text
-    table = (results / "leaderboard.md").read_text(encoding="utf-8").strip()
-    plot = "\n\n![Answer F1 of every version](results/leaderboard.svg)" if (results / "leaderboard.svg").is_file() else ""
-    return BLOCK.sub(lambda m: f"{m[1]}\n{table}{plot}\n\n{m[2]}", text)
+    text: str,  # Markdown that may hold markers
+    results: Path,  # folder with `NAME.md`, and perhaps `NAME.svg`, for the markers of that name
+) -> str:  # the same with the saved tables and plots between the markers
+    "Put what a run saved where its markers are; a block for which nothing was saved stays as it is."
+    def saved(m: re.Match[str]) -> str:
+        name = m[1]
+        if not (results / f"{name}.md").is_file():
+            return m[0]
+        table = (results / f"{name}.md").read_text(encoding="utf-8").strip()
+        plot = f"\n\n![The {name}, plotted](results/{name}.svg)" if (results / f"{name}.svg").is_file() else ""
+        return f"<!-- {name} -->\n\n{table}{plot}\n\n<!-- end of {name} -->"
+    return BLOCK.sub(saved, text)
 
 # %% ../nbs/0_foundation/06_site.ipynb #522b2e78
 def root_links(
@@ -335,12 +338,12 @@ def root_links(
         return m[1] + (m[2][3:] if m[2].startswith("../") else f"nbs/{m[2]}") + m[3]
     return LINK.sub(fix, text)
 
-# %% ../nbs/0_foundation/06_site.ipynb #4b83038b
+# %% ../nbs/0_foundation/06_site.ipynb #faa3dbaa
 def readme(
     root: Path | None = None,  # the project's root; found from the working folder when None
     write: bool = True,  # write what is out of step; only report it when False
 ) -> list[str]:  # the files that were out of step
-    "Bring the home page's leaderboard and `README.md` in step with the saved run and with `nbs/index.ipynb`."
+    "Bring the home page's saved tables and `README.md` in step with the saved run and with `nbs/index.ipynb`."
     root = root or project_root()
     index = root / "nbs/index.ipynb"
     nb = json.loads(index.read_text(encoding="utf-8"))

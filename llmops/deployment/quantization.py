@@ -8,7 +8,7 @@ __all__ = ['AUTO_GPTQ', 'PIPELINE', 'STEPS', 'RESULTS', 'QuantizationParams', 'l
            'write_json', 'bitsandbytes', 'damage', 'answers_logprobs', 'check_layers', 'check', 'Quantized', 'quantize',
            'four_bits', 'ablation']
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #cb7091e2
+# %% ../../nbs/4_deployment/41_quantization.ipynb #08687107
 import io
 import json
 import os
@@ -19,13 +19,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..artifacts import MANIFEST, ArtifactError, seal, working
+from ..artifacts import MANIFEST, ArtifactError, input_digest, seal, working
 from ..datasets import dataset_path, read_split
 from .compensation import compensate, layer_names, pack
 from llmops.models import (
@@ -424,7 +424,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #0d7157ff
+# %% ../../nbs/4_deployment/41_quantization.ipynb #706d2193
 PIPELINE: dict[str, Any] = {"method": "gptq", "group_size": 32, "task_rows": 64, "general_rows": 0, "compensate_steps": 0}
 STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in PIPELINE, and nothing else
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
@@ -434,6 +434,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in PI
     "three times the task rows": {"task_rows": 192},
     "mixed: 64 general rows too": {"general_rows": 64},
     "damping 0.01": {"damp_percent": 0.01},
+    "damping 0.001": {"damp_percent": 0.001},
     "damping 0.2": {"damp_percent": 0.2},
     "no act-order in groups": {"group_aware": False},
     "scale search": {"mse": 2.4},
@@ -451,27 +452,34 @@ def ablation(
     test_rows: int = 96,  # held-out rows to measure on
     texts: int = 32,  # texts that are not the task's, 256 tokens of each
     steps: dict[str, dict[str, Any]] = STEPS,  # name -> parameters that differ from PIPELINE
-) -> list[dict[str, Any]]:  # rows of `step`, `kl`, `top1_agreement`, `perplexity`, `size_mb`, `size_ratio` (to fp32), `seconds`
-    "Quantise once per step and measure the damage on test rows."
+) -> list[dict[str, Any]]:  # rows of `step`, `kl`, `top1_agreement`, `perplexity`, `size_mb`, `size_ratio` (to fp32), `seconds`, `settings`
+    "Quantise once per step and measure the damage on test rows. What an earlier, unfinished call has measured is kept."
     rows = read_split(data, "test")[:test_rows]
     general = [r["text"] for r in read_split(data, "general_test")[:texts]]
     reference = answers_logprobs(model, rows)
     full = sum(4 * t.numel() for t in weights(model_path(model)).values()) / 1e6
+    same = {"model": model, "data": data, "digests": [input_digest(model_path(model)), input_digest(dataset_path(data))],
+            "test_rows": len(rows), "texts": len(general)}
+    path = resolve_path(out)
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = {r["step"]: r for r in old.get("table", [])} if same.items() <= old.items() else {}
     table: list[dict[str, Any]] = [
         {"step": "16 bits", "kl": 0.0, "top1_agreement": 1.0, "perplexity": perplexity(*load(model), general, max_length=256, progress=False),
          "size_mb": size_mb(model_path(model)), "size_ratio": size_mb(model_path(model)) / full, "seconds": 0.0}]
     for step, change in steps.items():
+        settings = {k: v for k, v in asdict(QuantizationParams(**(PIPELINE | change))).items() if k not in ("model", "data", "out", "wandb")}
+        if step in kept and kept[step]["settings"] == settings:
+            table.append(kept[step])
+            continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as tmp:
-            cfg = QuantizationParams(model=model, data=data, out=f"{tmp}/model", wandb="disabled", **(PIPELINE | change))
-            done = quantize(cfg)
+            done = quantize(QuantizationParams(model=model, data=data, out=f"{tmp}/model", wandb="disabled", **settings))
             seconds, size = time.perf_counter() - start, done.summary["size_mb"]
             found = damage(reference, answers_logprobs(done.work, rows))
             with captured():
                 found["perplexity"] = perplexity(*load(done.work), general, max_length=256, progress=False)
-        table.append({"step": step} | found | {"size_mb": size, "size_ratio": size / full, "seconds": seconds})
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items()}, flush=True)
-        path = resolve_path(out)
+        table.append({"step": step} | found | {"size_mb": size, "size_ratio": size / full, "seconds": seconds, "settings": settings})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items() if k != "settings"}, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"model": model, "data": data, "test_rows": len(rows), "texts": len(general), "pipeline": PIPELINE, "steps": steps, "table": table})
+        write_json(path, same | {"table": table})
     return table

@@ -7,8 +7,8 @@ __all__ = ['TRIVIAL', 'MERGES', 'ORDER', 'ABOUT', 'SCORES', 'DELTA', 'COSTS', 'V
            'read_evaluations', 'same_protocol', 'tiny_version', 'round4', 'tiny_evaluations', 'paired', 'distance',
            'table_row', 'trivial_row', 'LeaderboardParams', 'table', 'with_costs', 'cell', 'markdown', 'quality_table',
            'cost_table', 'merge_verdict', 'merge_text', 'agreement', 'gptq_text', 'choose', 'plot', 'side_by_side',
-           'spread', 'spread_table', 'seed_spread', 'Leaderboard', 'report', 'make_leaderboard', 'next_commands',
-           'main']
+           'spread', 'spread_table', 'spread_text', 'seed_spread', 'Leaderboard', 'report', 'make_leaderboard',
+           'next_commands', 'main']
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #97ade8ad
 import json
@@ -438,12 +438,12 @@ def side_by_side(
     return [{"question": row[0]["question"], "gold": row[0]["gold"],
              **{v: p["prediction"] for v, p in zip(versions, row, strict=True)}} for row in rows]
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #318425a5
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #5e18bd18
 def spread(
     leaderboards: list[Any],  # leaderboard.json files, or the rows themselves, one per seed
     columns: tuple[str, ...] = ("f1", "exact_match", "f1_answerable", "delta_f1", "perplexity", "kl", "kl_parent",
                                 "delta_parent"),  # what to follow
-) -> list[dict[str, Any]]:  # per version: `seeds`, and for each column its mean, `_min` and `_max`
+) -> list[dict[str, Any]]:  # per version: `seeds`, and for each column its mean, `_min`, `_max`, and `_each` seed's value
     "How much each row moves from seed to seed."
     read = [b if isinstance(b, list) else json.loads(resolve_path(b).read_text()) for b in leaderboards]
     boards = [{r["version"]: r for r in b} for b in read]
@@ -459,7 +459,7 @@ def spread(
         for c in columns:
             values = [b[version][c] for b in boards if b[version].get(c) is not None]
             if len(values) == len(boards):
-                row |= {c: sum(values) / len(values), f"{c}_min": min(values), f"{c}_max": max(values)}
+                row |= {c: sum(values) / len(values), f"{c}_min": min(values), f"{c}_max": max(values), f"{c}_each": values}
         out.append(row)
     return out
 
@@ -470,7 +470,26 @@ def spread_table(
     "The spread as a Markdown table."
     def line(r: dict[str, Any]) -> list[str]:
         return [f"`{r['version']}`", *(cell(r.get(c), around=(r.get(f"{c}_min"), r.get(f"{c}_max"))) for c in columns)]
-    return markdown(["version", *columns], [line(r) for r in rows])
+    names = {"f1": "F1", "f1_answerable": "F1 answerable", "delta_f1": "ΔF1 to base", "kl": "KL to QLoRA", "kl_parent": "KL to its 16-bit model"}
+    return markdown(["version", *(names[c] for c in columns)], [line(r) for r in rows])
+
+
+def spread_text(
+    rows: list[dict[str, Any]],  # rows of `spread`
+) -> str:  # Markdown: the table, and the differences that the conclusion rests on
+    "The spread as a page."
+    found = {r["version"]: r for r in rows}
+    text = [f"The same recipe with {rows[0]['seeds']} seeds of training and calibration, on the same questions: mean (least to greatest).\n", spread_table(rows)]
+    def each(values: list[float]) -> str:
+        return ", ".join(f"{v:+.3f}" for v in values)
+    merges = [found.get(f"qlora-merged-{m}") for m in ("base", "dequantized")]
+    if all(merges):
+        apart = [a - b for a, b in zip(*(m["f1_each"] for m in merges if m), strict=True)]
+        sure = "the sign is the same in each" if len({v > 0 for v in apart}) == 1 else "the sign changes with the seed: it is luck"
+        text.append(f"- F1 of the merge into the original base minus that into the dequantised base, seed by seed: {each(apart)}; {sure}.")
+    text += [f"- F1 of `{v}` minus that of its 16-bit model, seed by seed: {each(r['delta_parent_each'])}." for v, r in found.items()
+             if v.endswith("-gptq") and "delta_parent_each" in r]
+    return "\n".join(text) + "\n"
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #18044493
 def seed_spread(
@@ -541,7 +560,7 @@ def make_leaderboard(
         plot(rows, work / "leaderboard.svg")
     return Leaderboard(work, {e.version: e.path for e in versions.values()}, rows, versions, merge, winner, dict(run.metrics))
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #b6f3f90f
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #e6b57139
 def next_commands(
     winner: dict[str, Any],  # the version to serve
 ) -> str:  # one command a line
@@ -549,11 +568,11 @@ def next_commands(
     tries = {"make serve": f"serve {winner['version']} at http://127.0.0.1:8000/v1", "make docs": "the same figures as a site",
              "make lab": "the notebooks in JupyterLab",
              "dvc exp run -S params/finetuning.yaml:rank=32": "another LoRA rank: only what depends on it runs again",
-             "dvc exp run -S params/quantization.yaml:group_size=32": "smaller groups in GPTQ",
+             "dvc exp run -S params/quantization.yaml:group_size=64": "larger groups in GPTQ: a smaller file",
              "dvc exp show": "every experiment in one table"}
     return "\n".join(f"{command:54}# {what}" for command, what in tries.items())
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #fcc2be95
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #bbb1e7dd
 def main(
     words: list[str],  # `show`, or evaluation folders, one per seed; the first also has the base
     out: str | Path = "runs/seeds",  # where spread.json and spread.md go
@@ -574,8 +593,8 @@ def main(
     out = resolve_path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "spread.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "spread.md").write_text(spread_table(rows))
-    print(spread_table(rows))
+    (out / "spread.md").write_text(spread_text(rows))
+    print(spread_text(rows))
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #6905c069
 if __name__ == "__main__" and "__file__" in globals():  # `python -m llmops.evaluation.leaderboard`, and not this notebook
