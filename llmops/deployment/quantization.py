@@ -424,7 +424,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #9e74f449
+# %% ../../nbs/4_deployment/41_quantization.ipynb #832783fe
 START: dict[str, Any] = {"method": "gptq", "group_size": 32, "damp_percent": 0.05, "task_rows": 64, "general_rows": 0, "compensate_steps": 0}
 STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in START, and nothing else
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
@@ -438,6 +438,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in ST
     "damping 0.2": {"damp_percent": 0.2},
     "no act-order in groups": {"group_aware": False},
     "scale search": {"mse": 2.4},
+    "scale search and damping 0.01": {"mse": 2.4, "damp_percent": 0.01},
     "GPTAQ": {"gptaq": 0.25, "batch_size": 1},
     "compensation, rate 1e-3": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 1e-3},
     "compensation, rate 2e-4": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 2e-4},

@@ -225,7 +225,7 @@ def ask(
             "completion_tokens": used.get("completion_tokens"), "first_token_seconds": first, "seconds": time.perf_counter() - start})
     return answers
 
-# %% ../../nbs/4_deployment/45_serving.ipynb #9031dfa6
+# %% ../../nbs/4_deployment/45_serving.ipynb #7fa5ca6d
 def served_speed(
     address: str,  # the server's `http://.../v1`; its engine is llama.cpp
     prompts: list[list[dict[str, str]]],  # conversations to time
@@ -235,7 +235,7 @@ def served_speed(
     from openai import OpenAI
     client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
     model = client.models.list().data[0].id
-    read = wrote = reading = writing = 0.0
+    read = wrote = reading = writing = longest = 0.0
     for i, messages in enumerate([prompts[0], *prompts]):
         times = []
         for n in (1, new_tokens + 1):
@@ -248,8 +248,8 @@ def served_speed(
                 raise ServingError(f"llama.cpp wrote something else than {n} tokens: {used}")
         if i and used:  # the first was the warm-up
             read, reading = read + used.prompt_tokens, reading + times[0]
-            wrote, writing = wrote + new_tokens, writing + max(times[1] - times[0], 1e-9)
-    return {"prefill_tokens_per_second": read / reading, "decode_tokens_per_second": wrote / writing}
+            wrote, writing, longest = wrote + new_tokens, writing + times[1] - times[0], longest + times[1]
+    return {"prefill_tokens_per_second": read / reading, "decode_tokens_per_second": wrote / (writing if writing > 0 else longest)}
 
 # %% ../../nbs/4_deployment/45_serving.ipynb #63126874
 @stage_params

@@ -539,11 +539,11 @@ def report(
         merge_text(merge) + "\n", gptq_text(rows) + "\n",
         f"Winner: `{winner['version']}`, F1 {winner['f1']:.3f}, {winner['size_mb']:,.0f} MB, digest `{winner['digest'][:16]}`.\n"])
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #839effce
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #5eb3dc9a
 def make_leaderboard(
     cfg: LeaderboardParams,  # what to join
 ) -> Leaderboard:  # to be sealed
-    "Join the evaluations and write leaderboard.json, .md and .svg, scores.json and winner.json."
+    "Join the evaluations and write leaderboard.json, .md and .svg, scores.json, headline.json and winner.json."
     folder = tiny_evaluations() if cfg.evaluations == "tiny:evaluations" else resolve_path(cfg.evaluations)
     versions = read_evaluations(folder)
     seed_everything(cfg.seed)
@@ -553,7 +553,8 @@ def make_leaderboard(
         run.table("leaderboard", rows)
         run.summary({"winner": winner["version"], "f1": winner["f1"]})
     with working(cfg.out) as work:
-        for name, value in {"leaderboard": rows, "scores": {"rows": fixed, "merge": merge}, "winner": winner}.items():
+        headline = {r["version"]: {k: r[k] for k in ("f1", "f1_answerable", "kl") if r.get(k) is not None} for r in fixed}  # for `dvc metrics`
+        for name, value in {"leaderboard": rows, "scores": {"rows": fixed, "merge": merge}, "headline": headline, "winner": winner}.items():
             (work / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         questions = next(iter(versions.values())).scores["questions"]
         (work / "leaderboard.md").write_text(report(rows, merge, winner, questions), encoding="utf-8")
