@@ -8,14 +8,13 @@ __all__ = ['AUTO_GPTQ', 'START', 'STEPS', 'RESULTS', 'QuantizationParams', 'line
            'write_json', 'bitsandbytes', 'damage', 'answers_logprobs', 'check_layers', 'check', 'Quantized', 'quantize',
            'four_bits', 'ablation']
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #08687107
+# %% ../../nbs/4_deployment/41_quantization.ipynb #73a5a477
 import io
 import json
 import os
 import random
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -424,7 +423,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #832783fe
+# %% ../../nbs/4_deployment/41_quantization.ipynb #6c675f12
 START: dict[str, Any] = {"method": "gptq", "group_size": 32, "damp_percent": 0.05, "task_rows": 64, "general_rows": 0, "compensate_steps": 0}
 STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in START, and nothing else
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
@@ -440,6 +439,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in ST
     "scale search": {"mse": 2.4},
     "scale search and damping 0.01": {"mse": 2.4, "damp_percent": 0.01},
     "GPTAQ": {"gptaq": 0.25, "batch_size": 1},
+    "GPTAQ and damping 0.01": {"gptaq": 0.25, "batch_size": 1, "damp_percent": 0.01},
     "compensation, rate 1e-3": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 1e-3},
     "compensation, rate 2e-4": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 2e-4},
 }
@@ -453,7 +453,7 @@ def ablation(
     test_rows: int = 96,  # held-out rows to measure on
     texts: int = 32,  # texts that are not the task's, 256 tokens of each
     steps: dict[str, dict[str, Any]] = STEPS,  # name -> parameters that differ from START
-) -> list[dict[str, Any]]:  # rows of `step`, `kl`, `top1_agreement`, `perplexity`, `size_mb`, `size_ratio` (to fp32), `seconds`, `settings`
+) -> list[dict[str, Any]]:  # rows of `step`, `kl`, `top1_agreement`, `perplexity`, `size_mb`, `size_ratio` (to fp32), `settings`
     "Quantise once per step and measure the damage on test rows. What an earlier, unfinished call has measured is kept."
     rows = read_split(data, "test")[:test_rows]
     general = [r["text"] for r in read_split(data, "general_test")[:texts]]
@@ -466,20 +466,19 @@ def ablation(
     kept = {r["step"]: r for r in old.get("table", [])} if same.items() <= old.items() else {}
     table: list[dict[str, Any]] = [
         {"step": "16 bits", "kl": 0.0, "top1_agreement": 1.0, "perplexity": perplexity(*load(model), general, max_length=256, progress=False),
-         "size_mb": size_mb(model_path(model)), "size_ratio": size_mb(model_path(model)) / full, "seconds": 0.0}]
+         "size_mb": size_mb(model_path(model)), "size_ratio": size_mb(model_path(model)) / full}]
     for step, change in steps.items():
         settings = {k: v for k, v in asdict(QuantizationParams(**(START | change))).items() if k not in ("model", "data", "out", "wandb")}
         if step in kept and kept[step]["settings"] == settings:
             table.append(kept[step])
             continue
-        start = time.perf_counter()
         with tempfile.TemporaryDirectory() as tmp:
             done = quantize(QuantizationParams(model=model, data=data, out=f"{tmp}/model", wandb="disabled", **settings))
-            seconds, size = time.perf_counter() - start, done.summary["size_mb"]
+            size = done.summary["size_mb"]
             found = damage(reference, answers_logprobs(done.work, rows))
             with captured():
                 found["perplexity"] = perplexity(*load(done.work), general, max_length=256, progress=False)
-        table.append({"step": step} | found | {"size_mb": size, "size_ratio": size / full, "seconds": seconds, "settings": settings})
+        table.append({"step": step} | found | {"size_mb": size, "size_ratio": size / full, "settings": settings})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items() if k != "settings"}, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, same | {"table": table})
