@@ -8,7 +8,7 @@ __all__ = ['TAG', 'BOOT', 'FAULT', 'StageError', 'parameter_cells', 'parameter_n
            'refuse_unknown', 'hide_parameters', 'start_metadata', 'now', 'seconds_since', 'run_cells', 'write_run',
            'execute', 'LibraryEngine', 'ParamFiles']
 
-# %% ../nbs/0_foundation/02_batch.ipynb #7937c761
+# %% ../nbs/0_foundation/02_batch.ipynb #48c11d3f
 import ast
 import configparser
 import copy
@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote

@@ -9,7 +9,7 @@ __all__ = ['Row', 'READERS', 'INSTRUCTION', 'Share', 'Count', 'SPLITS', 'TINY_DA
            'general_text', 'DataParams', 'set_aside_long', 'token_counter', 'write_jsonl', 'card', 'Dataset',
            'make_dataset', 'tiny_data', 'dataset_path', 'read_split']
 
-# %% ../nbs/0_foundation/04_datasets.ipynb #ace0eede
+# %% ../nbs/0_foundation/04_datasets.ipynb #b98c00d4
 import csv
 import hashlib
 import importlib.util
@@ -26,8 +26,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, ArtifactError, file_digest, read_manifest, seal, source, working
-from .project import relative_path, resolve_path, seed_everything, stage_params
+from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, read_manifest, seal, source, working
+from .project import resolve_path, seed_everything, stage_params
 from .tracking import track
 
 # %% ../nbs/0_foundation/04_datasets.ipynb #1d5c7660

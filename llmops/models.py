@@ -11,7 +11,7 @@ __all__ = ['TINY', 'TINY_SIZE', 'Kind', 'PLAIN_TEMPLATE', 'NF4_BYTES', 'quiet', 
            'dequantize', 'size_mb', 'peak_memory_mb', 'decode_speed', 'synchronize', 'meta_model', 'estimate_memory',
            'ModelParams', 'room', 'Imported', 'import_model']
 
-# %% ../nbs/0_foundation/03_models.ipynb #d878f607
+# %% ../nbs/0_foundation/03_models.ipynb #10e47f05
 import io
 import json
 import logging
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import (
-    EMBEDDED_MODEL, ArtifactError, begin, file_digest, input_digest, json_digest, read_manifest, seal, source, versions, working)
+    EMBEDDED_MODEL, ArtifactError, input_digest, json_digest, read_manifest, seal, source, versions, working)
 from .project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from .tracking import track
 

@@ -8,7 +8,7 @@ __all__ = ['CURVES', 'FinetuningParams', 'FinetuningError', 'encode_row', 'encod
            'fingerprint', 'last_checkpoint', 'open_work', 'Finetuned', 'save_tuned', 'finetune', 'bare_loop',
            'stock_trainer', 'compare_speed']
 
-# %% ../../nbs/2_adaptation/22_finetuning.ipynb #85373213
+# %% ../../nbs/2_adaptation/22_finetuning.ipynb #446cb887
 import json
 import math
 import random
@@ -26,7 +26,7 @@ from .cpu_training import use_matmul_attention, use_quick_lora
 from ..artifacts import begin, input_digest, json_digest, seal, versions
 from ..datasets import dataset_path, read_split
 from ..models import (
-    context_length, default_dtype, dequantize, encode_completion, encode_prompt, linear4bit, load, model_path, quiet, save,
+    context_length, default_dtype, encode_completion, encode_prompt, load, model_path, quiet, save,
     save_tokenizer)
 from ..project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from ..tracking import track
