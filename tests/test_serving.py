@@ -16,7 +16,9 @@ import torch
 from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from llmops.artifacts import begin, input_digest, seal, verify
-from llmops.deployment.repack import RepackError, compare, gptq_weight, checkpoint_tensors, repack, round_to_gptq
+from llmops.deployment.quantization import QuantizationParams
+from llmops.deployment.quantization import quantize as quantization_stage
+from llmops.deployment.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
 from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
 from llmops.models import load, tiny
 from llmops.project import project_root
@@ -36,6 +38,11 @@ model.save({str(out)!r})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
+
+
+def rounded(arch: str, out: Path) -> Path:
+    "Plain rounding in GPTQ's format, as the quantisation stage writes it."
+    return quantization_stage(QuantizationParams(model=f"tiny:{arch}", method="rtn", out=str(out), wandb="disabled")).work
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_our_dequantisation_is_gptqmodels(gptq):
 def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tmp_path):
     "Names, row order, rotary settings and biases are right when both engines say the same."
     from llmops.deployment.gateway import llamacpp_server
-    folder = round_to_gptq(tiny(arch), tmp_path / arch)
+    folder = rounded(arch, tmp_path / arch)
     repack(folder, tmp_path / "model.gguf")
     server = llamacpp_server(tmp_path / "model.gguf", arch, 256, 1, 1)
     rng = np.random.default_rng(0)
@@ -105,8 +112,10 @@ def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
     except RepackError as e:
         assert "group index is permuted" in str(e)
         assert not (tmp_path / "no.gguf").exists()
+    config["quantization_config"]["group_size"] = 16
+    (ordered / "config.json").write_text(json.dumps(config))
     with pytest.raises(RepackError, match="16 is no multiple of Q4_0's 32"):
-        repack(round_to_gptq(tiny("llama"), tmp_path / "g16", 16), tmp_path / "no.gguf")
+        repack(ordered, tmp_path / "no.gguf")
     with pytest.raises(RepackError, match="falcon is not one of"):
         other = shutil.copytree(gptq, tmp_path / "falcon")
         config = json.loads((other / "config.json").read_text())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ['FAMILIES', 'SPLITS', 'RepackError', 'unpack_codes', 'q4_0_blocks', 'interleave_heads', 'read_config',
            'check_settings', 'gptq_layer', 'dense_tensor', 'checkpoint_tensors', 'rotary_heads', 'gguf_tensors',
            'tokenizer_fields', 'base_gguf', 'gguf_fields', 'model_fields', 'write_fields', 'repack', 'gptq_weight',
-           'compare', 'round_to_gptq']
+           'compare']
 
 # %% ../../nbs/4_deployment/44a_repack.ipynb #5055c974
 class RepackError(ValueError):
@@ -368,36 +368,3 @@ def compare(
         if theirs.shape != ours.shape or (ours.view(np.uint32) != np.ascontiguousarray(theirs).view(np.uint32)).any():
             unequal.append(name)
     return unequal + sorted(set(there) - seen)
-
-# %% ../../nbs/4_deployment/44a_repack.ipynb #bdd32b87
-def round_to_gptq(
-    folder: str | Path,  # a model folder with safetensors
-    out: Path,  # the folder to write
-    group_size: int = 32,  # inputs that share a scale; divides every layer's inputs
-) -> Path:  # a GPTQ checkpoint by plain rounding: no calibration, meant for tests
-    "Round a model's linear layers to four bits and store them in GPTQ's v1 format."
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-    folder = resolve_path(folder)
-    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", MANIFEST))
-    tensors, shifts = {}, torch.arange(0, 32, 4, dtype=torch.int64)
-    for name, w in [kv for f in sorted(folder.glob("*.safetensors")) for kv in load_file(f).items()]:
-        if not name.endswith("_proj.weight"):
-            tensors[name] = w
-            continue
-        groups = w.float().reshape(len(w), -1, group_size)
-        scales = (groups.abs().amax(-1) / 7).half().clamp(min=1e-7)
-        codes = (groups / scales.float()[..., None]).round().clamp(-8, 7).reshape(w.shape).long() + 8
-        packed = (codes.T.reshape(-1, 8, len(w)) << shifts[None, :, None]).sum(1)
-        base = name.removesuffix(".weight")
-        tensors |= {f"{base}.qweight": packed.to(torch.uint32).view(torch.int32), f"{base}.scales": scales.T.contiguous(),
-                    f"{base}.qzeros": torch.full((scales.shape[1], len(w) // 8), 0x77777777, dtype=torch.int32),
-                    f"{base}.g_idx": (torch.arange(w.shape[1]) // group_size).int()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": group_size, "sym": True,
-                                     "desc_act": False, "checkpoint_format": "gptq"}
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return out
