@@ -8,8 +8,8 @@ __all__ = ['TINY', 'TINY_SIZE', 'Kind', 'PLAIN_TEMPLATE', 'NF4_BYTES', 'quiet', 
            'load_tokenizer', 'adapter_base', 'keep_layout', 'linear4bit', 'silent', 'from_folder', 'load',
            'apply_adapter', 'encode_prompt', 'encode_completion', 'PromptTooLong', 'context_length', 'check_lengths',
            'fits', 'left_pad', 'by_length', 'generate', 'stop_tokens', 'completion_logprobs', 'positions', 'perplexity',
-           'dequantize', 'size_mb', 'peak_memory_mb', 'decode_speed', 'synchronize', 'meta_model', 'estimate_memory',
-           'ModelParams', 'room', 'Imported', 'import_model']
+           'dequantize', 'size_mb', 'peak_memory_mb', 'two_lengths', 'decode_speed', 'synchronize', 'meta_model',
+           'estimate_memory', 'ModelParams', 'room', 'Imported', 'import_model']
 
 # %% ../nbs/0_foundation/03_models.ipynb #10e47f05
 import io
@@ -630,37 +630,48 @@ def peak_memory_mb() -> float:  # megabytes (2**20 bytes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if os.uname().sysname == "Darwin" else 1024)
 
-# %% ../nbs/0_foundation/03_models.ipynb #dcea4322
+# %% ../nbs/0_foundation/03_models.ipynb #4e147725
+def two_lengths(
+    write: Callable[[Any, int], int],  # answers a prompt with so many tokens, and returns how many tokens the prompt had
+    prompts: list[Any],  # what `write` is given, one at a time
+    new_tokens: int,  # tokens to write after each
+) -> dict[str, float]:  # `prefill_tokens_per_second` and `decode_tokens_per_second`
+    "Time a first token, then `new_tokens` more: the difference is decoding. The first prompt is run once before the clock starts."
+    read = reading = writing = longest = 0.0
+    for i, prompt in enumerate([prompts[0], *prompts]):
+        times = []
+        for n in (1, new_tokens + 1):
+            start = time.perf_counter()
+            tokens = write(prompt, n)
+            times.append(time.perf_counter() - start)
+        if i:
+            read, reading, writing, longest = read + tokens, reading + times[0], writing + times[1] - times[0], longest + times[1]
+    # a model so small that noise makes the longer call the quicker one: what the whole call says, which is too slow rather than absurd
+    return {"prefill_tokens_per_second": read / reading,
+            "decode_tokens_per_second": new_tokens * len(prompts) / (writing if writing > 0 else longest)}
+
+
 def decode_speed(
     model: Any,  # a model or a peft model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    prompts: list[list[dict[str, str]]],  # conversations to time; a few are enough
+    prompts: list[list[dict[str, str]]],  # conversations to time, one at a time; a few are enough
     *,
     new_tokens: int = 32,  # tokens to write after each
-    batch_size: int = 1,  # conversations at once
 ) -> dict[str, float]:  # `prefill_tokens_per_second` and `decode_tokens_per_second`
-    "How fast a model reads and writes. The first conversation is run once before the clock starts."
+    "How fast a model reads and writes, by `two_lengths`."
     import torch
     rows = [encode_prompt(tokenizer, p) for p in prompts]
     fits(rows, context_length(model), new_tokens)
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    read = wrote = reading = writing = longest = 0.0
-    for i, batch in enumerate([batches[0], *batches]):
-        inputs = left_pad(batch, tokenizer.pad_token_id, model.device)
-        times = []
-        for n in (1, new_tokens + 1):
-            synchronize()
-            start = time.perf_counter()
-            with torch.inference_mode():
-                model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                               pad_token_id=tokenizer.pad_token_id)
-            synchronize()
-            times.append(time.perf_counter() - start)
-        if i:
-            read, reading = read + sum(map(len, batch)), reading + times[0]
-            wrote, writing, longest = wrote + new_tokens * len(batch), writing + times[1] - times[0], longest + times[1]
-    # a model so small that noise makes the longer call the quicker one: what the whole call says, which is too slow rather than absurd
-    return {"prefill_tokens_per_second": read / reading, "decode_tokens_per_second": wrote / (writing if writing > 0 else longest)}
+
+    def write(inputs: Any, n: int) -> int:
+        with torch.inference_mode():
+            model.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        synchronize()
+        return inputs["input_ids"].shape[1]
+
+    inputs = [left_pad([row], tokenizer.pad_token_id, model.device) for row in rows]
+    synchronize()
+    return two_lengths(write, inputs, new_tokens)
 
 
 def synchronize() -> None:

@@ -76,7 +76,7 @@ def redact(
 class ParamError(ValueError):
     "A parameter is unknown, of the wrong type, out of range, or cannot be read."
 
-# %% ../nbs/0_foundation/00_project.ipynb #25645dfa
+# %% ../nbs/0_foundation/00_project.ipynb #c371bdfe
 def explain(
     name: str,  # the dataclass that was being made
     error: ValidationError,  # what pydantic found
@@ -86,7 +86,9 @@ def explain(
     lines = []
     for e in error.errors():
         param = ".".join(str(p) for p in e["loc"])
-        if e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if not param:  # what `__post_init__` refused: its message names the parameter, and the input would be all of them
+            lines.append(e["msg"].removeprefix("Value error, "))
+        elif e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"{param}: unknown parameter; {name} has {', '.join(known)}")
         else:
             shown = REDACTED if looks_secret(param, e["input"]) else repr(e["input"])

@@ -16,11 +16,10 @@ import torch
 from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from llmops.artifacts import begin, input_digest, seal, verify
-from llmops.deployment.quantization import QuantizationParams
-from llmops.deployment.quantization import quantize as quantization_stage
+from llmops.deployment.quantization import QuantizationParams, finish, rtn
 from llmops.deployment.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
 from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
-from llmops.models import load, tiny
+from llmops.models import load, load_tokenizer, tiny
 from llmops.project import project_root
 
 HELLO = [{"role": "user", "content": "Who wrote the letter?"}]
@@ -40,9 +39,13 @@ model.save({str(out)!r})
     return out
 
 
-def rounded(arch: str, out: Path) -> Path:
+def rounded(arch: str, out: Path, group_size: int = 32) -> Path:
     "Plain rounding in GPTQ's format, as the quantisation stage writes it."
-    return quantization_stage(QuantizationParams(model=f"tiny:{arch}", method="rtn", out=str(out), wandb="disabled")).work
+    out.mkdir()
+    cfg = QuantizationParams(method="rtn", group_size=group_size)
+    rtn(tiny(arch), out, cfg)
+    finish(tiny(arch), out, cfg, load_tokenizer(tiny(arch)))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +115,8 @@ def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
     except RepackError as e:
         assert "group index is permuted" in str(e)
         assert not (tmp_path / "no.gguf").exists()
-    config["quantization_config"]["group_size"] = 16
-    (ordered / "config.json").write_text(json.dumps(config))
     with pytest.raises(RepackError, match="16 is no multiple of Q4_0's 32"):
-        repack(ordered, tmp_path / "no.gguf")
+        repack(rounded("llama", tmp_path / "g16", 16), tmp_path / "no.gguf")
     with pytest.raises(RepackError, match="falcon is not one of"):
         other = shutil.copytree(gptq, tmp_path / "falcon")
         config = json.loads((other / "config.json").read_text())

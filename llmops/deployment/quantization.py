@@ -36,7 +36,7 @@ from ..tracking import track
 if TYPE_CHECKING:
     import torch
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #c13d4047
+# %% ../../nbs/4_deployment/41_quantization.ipynb #d558453f
 @stage_params
 class QuantizationParams:
     "What the quantisation stage may be told."
@@ -65,6 +65,16 @@ class QuantizationParams:
     out: str = "runs/notebook/quantization"  # where the artifact goes
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # of calibration and compensation
     wandb: Literal["offline", "online", "disabled"] = "offline"  # how the run is tracked
+
+    def __post_init__(self) -> None:
+        if self.method != "gptq":
+            return
+        if self.compensate_steps and self.desc_act:
+            raise ParamError("compensate_steps: compensation needs desc_act: false; set one of them to 0")
+        if self.group_aware and self.group_size == -1:
+            raise ParamError("group_aware: there are no groups to order with group_size: -1; set group_aware: false")
+        if self.gptaq and self.batch_size > 1:
+            raise ParamError(f"batch_size: GPTAQ compares its inputs row by row; set batch_size: 1 (got {self.batch_size}), or gptaq: 0")
 
 # %% ../../nbs/4_deployment/41_quantization.ipynb #c0d48e37
 def linear_layers(
@@ -362,7 +372,7 @@ def check(
         raise ArtifactError(f"{cfg.out}: KL to {cfg.model} is {found['kl']:.3f} nats per answer token, above max_kl {cfg.max_kl}: the model is broken")
     return found | {"bits_per_weight": width, "size_mb": size_mb(work)}
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #fda122d6
+# %% ../../nbs/4_deployment/41_quantization.ipynb #258a2e9b
 @dataclass
 class Quantized:
     "What the stage made, ready to be sealed."
@@ -383,12 +393,6 @@ def quantize(
     if cfg.method in ("gptq", "rtn"):
         check_groups(folder, cfg.group_size)
     tune = cfg.compensate_steps if cfg.method == "gptq" else 0
-    if tune and cfg.desc_act:
-        raise ParamError("compensate_steps: compensation needs desc_act: false; set one of them to 0")
-    if cfg.method == "gptq" and cfg.group_aware and cfg.group_size == -1:
-        raise ParamError("group_aware: there are no groups to order with group_size: -1; set group_aware: false")
-    if cfg.method == "gptq" and cfg.gptaq and cfg.batch_size > 1:
-        raise ParamError(f"batch_size: GPTAQ compares its inputs row by row; set batch_size: 1 (got {cfg.batch_size}), or gptaq: 0")
     import torch  # noqa: F401  # so that the seed reaches it
     seed_everything(cfg.seed)
     inputs = {"model": folder, "data": dataset_path(cfg.data)}

@@ -7,7 +7,7 @@ __all__ = ['bound', 'available_threads', 'read_serving', 'open_engine', 'serve',
            'same_prompts', 'ask', 'served_speed', 'ServingParams', 'Served', 'exact_gguf', 'choose_engine',
            'transformers_speed', 'serve_winner']
 
-# %% ../../nbs/4_deployment/45_serving.ipynb #e6d7535c
+# %% ../../nbs/4_deployment/45_serving.ipynb #b3982cb4
 import argparse
 import json
 import os
@@ -33,7 +33,7 @@ from ..artifacts import MANIFEST, ArtifactError, input_digest, seal, verify, wor
 from ..datasets import dataset_path, read_split
 from .gateway import Reply, ServingError, gateway, llamacpp_engine, llamacpp_server, transformers_engine
 from .repack import RepackError, repack
-from ..models import decode_speed, encode_prompt, load, load_tokenizer, model_kind, model_path, quiet, size_mb
+from ..models import decode_speed, encode_prompt, load, load_tokenizer, model_kind, model_path, quiet, size_mb, two_lengths
 from ..project import ParamError, project_root, relative_path, resolve_path, seed_everything, stage_params
 from ..tracking import track
 
@@ -225,31 +225,24 @@ def ask(
             "completion_tokens": used.get("completion_tokens"), "first_token_seconds": first, "seconds": time.perf_counter() - start})
     return answers
 
-# %% ../../nbs/4_deployment/45_serving.ipynb #7fa5ca6d
+# %% ../../nbs/4_deployment/45_serving.ipynb #04005037
 def served_speed(
     address: str,  # the server's `http://.../v1`; its engine is llama.cpp
     prompts: list[list[dict[str, str]]],  # conversations to time
     new_tokens: int,  # tokens to write after each
 ) -> dict[str, float]:  # `prefill_tokens_per_second` and `decode_tokens_per_second`
-    "How fast the server that people will use reads and writes, HTTP and all, by the same clock as `llmops.models.decode_speed`."
+    "How fast the server that people will use reads and writes, HTTP and all."
     from openai import OpenAI
     client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
     model = client.models.list().data[0].id
-    read = wrote = reading = writing = longest = 0.0
-    for i, messages in enumerate([prompts[0], *prompts]):
-        times = []
-        for n in (1, new_tokens + 1):
-            start = time.perf_counter()
-            answer = client.chat.completions.create(model=model, messages=messages, max_tokens=n,  # type: ignore[arg-type]
-                                                    extra_body={"ignore_eos": True, "cache_prompt": False})
-            times.append(time.perf_counter() - start)
-            used = answer.usage
-            if used is None or used.completion_tokens != n:
-                raise ServingError(f"llama.cpp wrote something else than {n} tokens: {used}")
-        if i and used:  # the first was the warm-up
-            read, reading = read + used.prompt_tokens, reading + times[0]
-            wrote, writing, longest = wrote + new_tokens, writing + times[1] - times[0], longest + times[1]
-    return {"prefill_tokens_per_second": read / reading, "decode_tokens_per_second": wrote / (writing if writing > 0 else longest)}
+
+    def write(messages: Any, n: int) -> int:
+        used = client.chat.completions.create(model=model, messages=messages, max_tokens=n,
+                                              extra_body={"ignore_eos": True, "cache_prompt": False}).usage
+        if used is None or used.completion_tokens != n:
+            raise ServingError(f"llama.cpp wrote something else than {n} tokens: {used}")
+        return used.prompt_tokens
+    return two_lengths(write, prompts, new_tokens)
 
 # %% ../../nbs/4_deployment/45_serving.ipynb #63126874
 @stage_params

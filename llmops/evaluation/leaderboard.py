@@ -573,7 +573,7 @@ def next_commands(
              "dvc exp show": "every experiment in one table"}
     return "\n".join(f"{command:54}# {what}" for command, what in tries.items())
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #bbb1e7dd
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #59d7b422
 def main(
     words: list[str],  # `show`, or evaluation folders, one per seed; the first also has the base
     out: str | Path = "runs/seeds",  # where spread.json and spread.md go
@@ -594,8 +594,9 @@ def main(
     out = resolve_path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "spread.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (out / "spread.md").write_text(spread_text(rows))
-    print(spread_text(rows))
+    text = spread_text(rows)
+    (out / "spread.md").write_text(text)
+    print(text)
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #6905c069
 if __name__ == "__main__" and "__file__" in globals():  # `python -m llmops.evaluation.leaderboard`, and not this notebook
