@@ -31,8 +31,7 @@ $(READY): requirements/lock.txt requirements/carriers.txt setup.py settings.ini
 
 run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
-	dvc repro evaluate@qlora-merged-base  # the first tuned row comes first
-	dvc repro
+	python -m llmops.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro'  # the first tuned row comes first
 	@python -m llmops.evaluation.leaderboard show
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
@@ -65,7 +64,7 @@ serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)
 
 seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (an hour)
-	dvc repro params/seeds/dvc.yaml
+	python -m llmops.warm dvc repro params/seeds/dvc.yaml
 	python -m llmops.evaluation.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 
 results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site

@@ -26,6 +26,7 @@ setup(
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+        "jupyter_client.kernel_provisioners": ["llmops-warm=llmops.warm:WarmProvisioner"],
         "papermill.engine": ["llmops=llmops.batch:LibraryEngine"],
         "papermill.io": ["params=llmops.batch:ParamFiles"],
     },

@@ -194,7 +194,7 @@ class Screen:
             if text and not re.match(r"<[\w.]+( |>)", text[0]):
                 self.write("\n".join(text[:lines] + ["..."] * (len(text) > lines)) + "\n")
 
-# %% ../nbs/0_foundation/02_batch.ipynb #3bceb299
+# %% ../nbs/0_foundation/02_batch.ipynb #fb14d425
 class StageClient(NotebookClient):
     "Executes cells, shows their outputs and hides secrets."
 
@@ -205,7 +205,7 @@ class StageClient(NotebookClient):
         save: Callable[[], None],  # called now and then while cells run
         **kwargs: Any,  # nbclient's settings
     ) -> None:
-        super().__init__(nb, coalesce_streams=True, raise_on_iopub_timeout=True, **kwargs)
+        super().__init__(nb, coalesce_streams=True, raise_on_iopub_timeout=True, shutdown_kernel="immediate", **kwargs)
         self.hide, self.show, self.save, self.saved = hide, show, save, time.monotonic()
 
     def process_message(self, msg: dict[str, Any], cell: NotebookNode, cell_index: int) -> NotebookNode | None:
@@ -219,8 +219,9 @@ class StageClient(NotebookClient):
             self.saved = time.monotonic()
         return output
 
-# %% ../nbs/0_foundation/02_batch.ipynb #c99dacfc
-BOOT = """get_ipython().config.pop("IPKernelApp", None)
+# %% ../nbs/0_foundation/02_batch.ipynb #ad0457a8
+BOOT = """__import__("gc").set_threshold(10_000)
+get_ipython().config.pop("IPKernelApp", None)
 __import__("sys").modules["tqdm.notebook"] = None
 __import__("warnings").simplefilter("ignore", FutureWarning)
 globals().update({{k: v for k, v in vars(__import__("importlib").import_module({module!r})).items()

@@ -91,10 +91,13 @@ def test_dvc_shows_the_headline(smoke: Path) -> None:
 
 
 def test_two_runs_give_the_same_digests(smoke: Path) -> None:
-    first = digests(smoke)
-    done = repro(smoke, "--force", "--no-run-cache")
+    "The first with a process of its own for each stage, the second with warm kernels."
+    first, started = digests(smoke), time.time()
+    done = subprocess.run(["python", "-m", "llmops.warm", "dvc", "repro", "--force", "--no-run-cache"], cwd=smoke, env=copy_env(smoke),
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert digests(smoke) == first
+    print(f"the whole pipeline: {time.time() - started:.0f} s")
 
 
 def test_every_artifact_verifies_back_to_the_sources(smoke: Path) -> None:

@@ -76,7 +76,7 @@ class QuantizationParams:
         if self.gptaq and self.batch_size > 1:
             raise ParamError(f"batch_size: GPTAQ compares its inputs row by row; set batch_size: 1 (got {self.batch_size}), or gptaq: 0")
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #c0d48e37
+# %% ../../nbs/4_deployment/41_quantization.ipynb #4a2a51ee
 def linear_layers(
     folder: str | Path,  # a model folder
 ) -> dict[str, tuple[int, int]]:  # layer name -> inputs, outputs
@@ -99,10 +99,13 @@ def check_groups(
     if odd:
         name, inputs = next(iter(odd.items()))
         raise ParamError(f"model: {name} has {inputs} inputs and {layers[name][1]} outputs; GPTQ's format needs multiples of 32")
-    if group_size != -1 and (wrong := [n for n, (i, _) in layers.items() if group_size < 1 or i % group_size]):
-        fit = [g for g in (16, 32, 64, 128, 256, 512, 1024) if all(i % g == 0 for i, _ in layers.values())]
+    sizes = (32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels compute with
+    fit = ", ".join(map(str, [*(g for g in sizes if all(i % g == 0 for i, _ in layers.values())), -1]))
+    if group_size not in (*sizes, -1):
+        raise ParamError(f"group_size: no kernel computes with groups of {group_size}; these fit every layer: {fit}")
+    if wrong := [n for n, (i, _) in layers.items() if group_size != -1 and i % group_size]:
         raise ParamError(f"group_size: {group_size} does not divide the {layers[wrong[0]][0]} inputs of {wrong[0]}"
-                         f"{f' and {len(wrong) - 1} more layers' if len(wrong) > 1 else ''}; these fit every layer: {', '.join(map(str, [*fit, -1]))}")
+                         f"{f' and {len(wrong) - 1} more layers' if len(wrong) > 1 else ''}; these fit every layer: {fit}")
     return layers
 
 # %% ../../nbs/4_deployment/41_quantization.ipynb #a2977989
@@ -427,7 +430,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #6c675f12
+# %% ../../nbs/4_deployment/41_quantization.ipynb #3e4702bb
 START: dict[str, Any] = {"method": "gptq", "group_size": 32, "damp_percent": 0.05, "task_rows": 64, "general_rows": 0, "compensate_steps": 0}
 STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in START, and nothing else
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
@@ -436,7 +439,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in ST
     "GPTQ, groups of 32: the start": {},
     "three times the task rows": {"task_rows": 192},
     "mixed: 64 general rows too": {"general_rows": 64},
-    "damping 0.01: the pipeline's": {"damp_percent": 0.01},
+    "damping 0.01": {"damp_percent": 0.01},
     "damping 0.001": {"damp_percent": 0.001},
     "damping 0.2": {"damp_percent": 0.2},
     "no act-order in groups": {"group_aware": False},
@@ -444,6 +447,7 @@ STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in ST
     "scale search and damping 0.01": {"mse": 2.4, "damp_percent": 0.01},
     "GPTAQ": {"gptaq": 0.25, "batch_size": 1},
     "GPTAQ and damping 0.01": {"gptaq": 0.25, "batch_size": 1, "damp_percent": 0.01},
+    "GPTAQ, damping 0.01, 32 task rows: the pipeline's": {"gptaq": 0.25, "batch_size": 1, "damp_percent": 0.01, "task_rows": 32},
     "compensation, rate 1e-3": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 1e-3},
     "compensation, rate 2e-4": {"compensate_steps": 16, "compensate_batch": 8, "compensate_rate": 2e-4},
 }

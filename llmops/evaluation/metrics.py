@@ -166,7 +166,7 @@ def divergence(
         same.append(bool(p.argmax() == q.argmax()))
     return np.asarray(kl), np.asarray(same)
 
-# %% ../../nbs/3_evaluation/30_metrics.ipynb #125fa4b7
+# %% ../../nbs/3_evaluation/30_metrics.ipynb #98272743
 @stage_params
 class EvaluationParams:
     "What the evaluation of one version may be told."
@@ -176,7 +176,7 @@ class EvaluationParams:
     split: Literal["test", "valid", "train"] = "test"  # which questions to ask
     questions: Annotated[int, Field(ge=0)] = 0  # at most so many questions; 0 asks all
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 8  # longest answer, tokens
-    batch_size: Annotated[int, Field(ge=1)] = 16  # questions answered at once
+    batch_size: Annotated[int, Field(ge=1)] = 8  # questions answered at once
     kl_questions: Annotated[int, Field(ge=0)] = 8  # questions whose log-probabilities are kept; 0 keeps none
     perplexity_texts: Annotated[int, Field(ge=1)] = 4  # texts that are not the task's
     perplexity_max_length: Annotated[int, Field(ge=2)] = 64  # tokens read of each text
