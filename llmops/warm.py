@@ -28,7 +28,7 @@ HELD = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.
         "bitsandbytes", "peft", "safetensors.torch", "scipy.stats", "pandas", "ipykernel.kernelapp")
 SOCKET = "LLMOPS_WARM"  # the environment variable that says where the holder listens
 
-# %% ../nbs/0_foundation/02a_warm.ipynb #493ef370
+# %% ../nbs/0_foundation/02a_warm.ipynb #dcaac6d8
 def become(
     ask: dict[str, Any],  # `cmd`, `env` and `cwd` of the kernel
     files: list[int],  # what its standard output and standard error go to
@@ -77,10 +77,13 @@ def hold(
     owner: int,  # a pipe that closes when the command that is served has ended
     modules: tuple[str, ...] = HELD,  # what to import first
 ) -> None:
-    "Import, then fork a kernel for each request, until the owner is gone."
+    "Import, then fork a kernel for each request, until the owner is gone. With a GPU, which a fork would lose, it ends at once."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the kernels here
     with quiet_files():
+        import torch
+        if torch.cuda.is_available():
+            return
         for name in modules:
             importlib.import_module(name)
     gc.freeze()  # what was imported stays shared
@@ -144,7 +147,7 @@ class WarmProvisioner(LocalProvisioner):
         self.process = ForkedKernel(holder, self.pid)  # type: ignore[assignment]
         return self.connection_info
 
-# %% ../nbs/0_foundation/02a_warm.ipynb #571519ee
+# %% ../nbs/0_foundation/02a_warm.ipynb #28effee0
 def run_warm(
     command: list[str],  # a command and its arguments
 ) -> int:  # its exit code
@@ -157,9 +160,12 @@ def run_warm(
             os.close(write)
             try:
                 hold(listener, read)
+            except Exception as e:
+                print(f"llmops.warm: {type(e).__name__}: {e}; kernels start as usual", file=sys.stderr, flush=True)
             finally:
                 os._exit(0)
         os.close(read)
+        listener.close()  # so that nobody waits for a holder that is gone
         try:
             return subprocess.run(command, env=os.environ | {SOCKET: f"{folder}/holder", "JUPYTER_DEFAULT_PROVISIONER_NAME": "llmops-warm"}).returncode
         finally:
