@@ -166,7 +166,8 @@ def test_a_kernel_that_dies_is_an_error(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_batch_run_leaves_no_kernel(tmp_path, how):
     project(tmp_path, "import os; open('pid', 'w').write(str(os.getpid()))\nfor _ in range(600): time.sleep(0.1)")
-    run = subprocess.Popen(command("--engine", "llmops"), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(command("--engine", "llmops"), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's `&` turns it off
     pid = tmp_path / "pid"
     wait_for(lambda: pid.exists() and pid.read_text())
     run.send_signal(how)

@@ -430,7 +430,7 @@ def four_bits(
     rows = calibration(cfg.data, tokenizer, tune * cfg.compensate_batch - more, more, cfg.max_tokens, cfg.seed + 1)
     return compensate(folder, work, rows, steps=tune, batch_size=cfg.compensate_batch, rate=cfg.compensate_rate, seed=cfg.seed)
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #3e4702bb
+# %% ../../nbs/4_deployment/41_quantization.ipynb #1796c019
 START: dict[str, Any] = {"method": "gptq", "group_size": 32, "damp_percent": 0.05, "task_rows": 64, "general_rows": 0, "compensate_steps": 0}
 STEPS: dict[str, dict[str, Any]] = {  # what each row of the table changes in START, and nothing else
     "plain rounding, groups of 64": {"method": "rtn", "group_size": 64},
@@ -489,5 +489,6 @@ def ablation(
         table.append({"step": step} | found | {"size_mb": size, "size_ratio": size / full, "settings": settings})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items() if k != "settings"}, flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, same | {"table": table})
+        later = [row for name, row in kept.items() if name not in {t["step"] for t in table}]
+        write_json(path, same | {"table": table + later})
     return table
