@@ -63,7 +63,7 @@ $(AGQ)/.ready: requirements/auto-gptq.txt
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)
 
-seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (an hour)
+seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (half an hour)
 	python -m llmops.warm dvc repro params/seeds/dvc.yaml
 	python -m llmops.evaluation.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 

@@ -28,7 +28,7 @@ HELD = ("torch", "transformers.models.auto.modeling_auto", "transformers.models.
         "bitsandbytes", "peft", "safetensors.torch", "scipy.stats", "pandas", "ipykernel.kernelapp")
 SOCKET = "LLMOPS_WARM"  # the environment variable that says where the holder listens
 
-# %% ../nbs/0_foundation/02a_warm.ipynb #dcaac6d8
+# %% ../nbs/0_foundation/02a_warm.ipynb #93f917ba
 def become(
     ask: dict[str, Any],  # `cmd`, `env` and `cwd` of the kernel
     files: list[int],  # what its standard output and standard error go to
@@ -56,7 +56,7 @@ def become(
         importlib.import_module("ipykernel.kernelapp").launch_new_instance()
     os._exit(0)
 
-
+# %% ../nbs/0_foundation/02a_warm.ipynb #9ffdf6e0
 @contextmanager
 def quiet_files() -> Iterator[None]:
     "Keep what libraries say while they are imported off the terminal; an error is raised all the same."
@@ -71,11 +71,10 @@ def quiet_files() -> Iterator[None]:
             os.close(old)
         os.close(nowhere)
 
-
+# %% ../nbs/0_foundation/02a_warm.ipynb #496157bf
 def hold(
     listener: socket.socket,  # where requests come in
     owner: int,  # a pipe that closes when the command that is served has ended
-    modules: tuple[str, ...] = HELD,  # what to import first
 ) -> None:
     "Import, then fork a kernel for each request, until the owner is gone. With a GPU, which a fork would lose, it ends at once."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command
@@ -84,7 +83,7 @@ def hold(
         import torch
         if torch.cuda.is_available():
             return
-        for name in modules:
+        for name in HELD:
             importlib.import_module(name)
     gc.freeze()  # what was imported stays shared
     while listener.fileno() in select.select([listener.fileno(), owner], [], [])[0]:
@@ -104,7 +103,7 @@ def hold(
         for file in files:
             os.close(file)
 
-# %% ../nbs/0_foundation/02a_warm.ipynb #1537e5d7
+# %% ../nbs/0_foundation/02a_warm.ipynb #13b1b5e2
 class ForkedKernel:
     "What jupyter_client asks of a `Popen`, for a kernel that is no child of this process."
     stdin = stdout = stderr = None
@@ -124,7 +123,7 @@ class ForkedKernel:
         self.holder.recv(1)
         return 1
 
-
+# %% ../nbs/0_foundation/02a_warm.ipynb #9f9457f1
 class WarmProvisioner(LocalProvisioner):
     "Starts a kernel by a fork of the holder."
 

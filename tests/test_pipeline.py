@@ -13,8 +13,8 @@ VERSIONS = ["refuse-always", "base", "base-nf4", "lora", "qlora", "qlora-merged-
             "qlora-merged-base-gptq", "qlora-merged-dequantized-gptq"]
 
 
-def repro(project: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["dvc", "repro", *args], cwd=project, env=copy_env(project), capture_output=True, text=True)
+def repro(project: Path, *args: str, warm: bool = False) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*(["python", "-m", "llmops.warm"] if warm else []), "dvc", "repro", *args], cwd=project, env=copy_env(project), capture_output=True, text=True)
 
 
 def digests(project: Path) -> dict[str, str]:
@@ -93,8 +93,7 @@ def test_dvc_shows_the_headline(smoke: Path) -> None:
 def test_two_runs_give_the_same_digests(smoke: Path) -> None:
     "The first with a process of its own for each stage, the second with warm kernels."
     first, started = digests(smoke), time.time()
-    done = subprocess.run(["python", "-m", "llmops.warm", "dvc", "repro", "--force", "--no-run-cache"], cwd=smoke, env=copy_env(smoke),
-                          capture_output=True, text=True)
+    done = repro(smoke, "--force", "--no-run-cache", warm=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert digests(smoke) == first
     print(f"the whole pipeline: {time.time() - started:.0f} s")
