@@ -14,7 +14,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lab docs serve interop lock results seeds browser clean
+.PHONY: help setup run rag test check lab docs serve interop lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -31,8 +31,13 @@ $(READY): requirements/lock.txt requirements/carriers.txt setup.py settings.ini
 
 run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
-	python -m llmops.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro'  # the first tuned row comes first
+	python -m llmops.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro leaderboard serving'  # the first tuned row comes first
 	@python -m llmops.evaluation.leaderboard show
+
+rag: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
+rag: $(READY)  ## index two corpora, tune on found passages, and answer with evidence
+	python -m llmops.warm dvc repro answering retrieval-bank
+	@python -m llmops.adaptation.answering runs/answering
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.notebooks check
@@ -72,6 +77,7 @@ results: $(READY)  ## keep the last run's figures in the notebooks, the README a
 	mkdir -p nbs/results
 	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
 	@test ! -f runs/seeds/spread.md || for f in md json; do cp runs/seeds/spread.$$f nbs/results/seeds.$$f; done
+	@test ! -f runs/answering/scores.json || python -m llmops.adaptation.answering report nbs/results/rag.md
 	python -m llmops.site readme
 
 browser:  # the browser that the tests drive

