@@ -12,12 +12,23 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+
+def tiny_retrieval() -> str:
+    from llmops.adaptation.retrieval import retrieval_path
+    return str(retrieval_path("tiny:retrieval"))
+
+
 STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> module, dataclass, entry point, parameters
     "0_foundation/03_models": ("models", "ModelParams", "import_model", {}),
     "0_foundation/04_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
-    "2_adaptation/22_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {}),
+    "2_adaptation/21_retrieval": ("adaptation.retrieval", "RetrievalParams", "retrieve",
+                                  {"text_field": "passage", "limit": 60, "data": "tiny:data", "timed_queries": 2, "resamples": 100}),
+    "2_adaptation/22_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {"retrieved": tiny_retrieval}),
+    "2_adaptation/25_answering": ("adaptation.answering", "AnsweringParams", "answer_all",
+                                  {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100}),
     "3_evaluation/30_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
     "3_evaluation/33_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
+    "3_evaluation/34_benchmarks": ("evaluation.benchmarks", "BenchmarkParams", "make_benchmark", {}),
     "4_deployment/40_merging": ("deployment.merging", "MergingParams", "merge", {}),
     "4_deployment/41_quantization": ("deployment.quantization", "QuantizationParams", "quantize", {}),
     "4_deployment/45_serving": ("deployment.serving", "ServingParams", "serve_winner", {}),
@@ -55,6 +66,7 @@ def test_every_parameter_is_read(stage: str, tmp_path: Path) -> None:
     library = importlib.import_module(f"llmops.{module}")
     params = getattr(library, name)
     known = {f.name for f in dataclasses.fields(params)}
+    given = {k: v() if callable(v) else v for k, v in given.items()}
     with watched(params) as seen:
         getattr(library, entry)(params(**given, out=str(tmp_path / "made")))
     seen |= shown(ROOT / "nbs" / f"{stage}.ipynb") | {"wandb"}  # `track` reads it; tests of tracking hold what it does

@@ -36,7 +36,7 @@ def smoke(project: Path) -> Path:
     killed = subprocess.Popen(["dvc", "repro"], cwd=project, env=copy_env(project), start_new_session=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (project / "runs" / ".partial" / "qlora").exists():  # fine-tuning has begun
-        assert killed.poll() is None and time.time() - started < 120
+        assert killed.poll() is None and time.time() - started < 240
         time.sleep(0.2)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()

@@ -160,16 +160,17 @@ def read_contexts(
         raise ParamError(f"retrieval: {retrieval} holds no contexts for {split}; run the retrieval stage with `data` set to the same dataset")
     return {row["id"]: [Passage(**p) for p in row["passages"]] for _, row in read_jsonl(file)}
 
-# %% ../../nbs/2_adaptation/21f_grounding.ipynb #45a922cc
+# %% ../../nbs/2_adaptation/21f_grounding.ipynb #b218f0a5
 def retrieved_row(
     row: Row,  # of the dataset
     packed: Packed,  # what is put into the prompt
     instruction: str = INSTRUCTION,  # the system message
     unknown: str = "unknown",  # the answer when nothing supports one
-) -> Row:  # with the packed passages, and whether the gold one is among them (`found`)
+) -> Row:  # with the packed passages, and whether what supports the answer is among them (`found`)
     "A row with found passages in place of the marked one."
     gold = normalize(row["passage"])
-    found = any(normalize(p.text) in gold or gold in normalize(p.text) for p in packed.used)
+    parts = [t for p in packed.used if (t := normalize(p.text)) in gold or gold in t]
+    found = any(normalize(row["answer"]) in t for t in parts) if row["answerable"] else bool(parts)  # of a long passage the right part
     answer = row["answer"] if found else unknown
     return row | {"passage": packed.text, "found": found, "answer": answer, "answerable": row["answerable"] and found,
                   "prompt": prompt(packed.text, row["question"], instruction), "completion": [{"role": "assistant", "content": answer}]}
