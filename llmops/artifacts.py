@@ -161,8 +161,9 @@ def input_digest(
         return file_digest(path)
     return json_digest({p.relative_to(path).as_posix(): file_digest(p) for p in sorted(path.rglob("*")) if p.is_file()})
 
-# %% ../nbs/0_foundation/01_artifacts.ipynb #ec8c33f4
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "numpy", "gguf", "xllamacpp", "wandb")
+# %% ../nbs/0_foundation/01_artifacts.ipynb #5d9f6688
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "numpy", "gguf", "xllamacpp", "wandb", "datasketch", "py3langid",
+            "sentence-transformers", "lancedb", "kiwipiepy")
 
 def versions() -> dict[str, str]:  # installed packages that can change a result, and their versions
     "What a result was made with."

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'CANARY', 'Answer', 'answer', 'token_count', 'ask', 'kind_of
            'AnsweringParams', 'Answering', 'answer_with', 'gold_documents', 'answer_all', 'answer_table', 'trust_table',
            'report', 'markdown_table', 'main']
 
-# %% ../../nbs/2_adaptation/25_answering.ipynb #47428f60
+# %% ../../nbs/2_adaptation/25_answering.ipynb #48ce1fa5
 import json
 import random
 import re
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from .grounding import Citation, Packed, Passage, Threshold, choose_threshold, cite, pack, read_contexts, retrieved_rows, support
-from .index import Index
+from .index import Index, at_one_version
 from .retrieval import retrieval_path, search_table
 from .search import search
 from ..artifacts import input_digest, read_manifest, seal, working
@@ -35,7 +35,7 @@ from ..tracking import track
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/2_adaptation/25_answering.ipynb #d8bb8967
+# %% ../../nbs/2_adaptation/25_answering.ipynb #d53d5b47
 @dataclass(frozen=True)
 class Answer:
     "An answer, and all that is needed to check it."
@@ -63,15 +63,14 @@ def answer(
     unknown: str = "unknown",  # the refusal
 ) -> Answer:
     "Answer from the index. Raises `QueryError` for a question that holds nothing to search for."
-    hits = search(index, question, k, weight=weight, where=where)
+    hits, version = at_one_version(index, lambda ix: search(ix, question, k, weight=weight, where=where))
     passages = [Passage(h.document, h.row["text"], h.row["start"], h.row["source"], h.row["title"], h.row["heading"], h.score) for h in hits]
     packed = pack(passages, budget, token_count(tokenizer))
     [(said, logprob)] = generate_scored(model, tokenizer, [prompt(packed.text, question, instruction)], max_new_tokens=max_new_tokens, progress=False)
     found = cite(said, packed.used)
     sure = 0.0 if normalize(said) == normalize(unknown) else support(logprob, found)
     given = sure > 0 and sure >= threshold
-    return Answer(said if given else unknown, sure, tuple(found) if given else (), tuple(p.document for p in packed.used), packed.left_out,
-                  index.table.version)
+    return Answer(said if given else unknown, sure, tuple(found) if given else (), tuple(p.document for p in packed.used), packed.left_out, version)
 
 
 def token_count(

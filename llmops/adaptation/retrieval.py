@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_WEIGHT', 'METHODS', 'TINY_RETRIEVAL', 'RetrievalParams', 'load_corpus', 'pick_encoder', 'Question',
            'dataset_questions', 'file_questions', 'fuse_ranks', 'bm25s_rankings', 'rankings_of', 'Retrieval', 'build',
-           'time_changes', 'time_queries', 'measure', 'write_contexts', 'find_questions', 'propose', 'choose_weight',
-           'retrieve', 'retrieval_path', 'search_table']
+           'wording', 'time_changes', 'time_queries', 'measure', 'write_contexts', 'find_questions', 'propose',
+           'choose_weight', 'retrieve', 'retrieval_path', 'search_table']
 
 # %% ../../nbs/2_adaptation/21_retrieval.ipynb #03367a79
 import json
@@ -39,7 +39,7 @@ from ..tracking import track
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #be18645d
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #518cc6d8
 DEFAULT_WEIGHT = 1.0  # of the cosine, where there are no training questions to tune it on
 
 
@@ -73,8 +73,8 @@ class RetrievalParams:
     wandb: Literal["offline", "online", "disabled"] = "offline"  # tracking
 
     def __post_init__(self) -> None:
-        if self.chunk_overlap * 2 > self.chunk_tokens:
-            raise ValueError(f"chunk_overlap: {self.chunk_overlap} is more than half of chunk_tokens {self.chunk_tokens}")
+        if self.chunk_overlap * 2 >= self.chunk_tokens:
+            raise ValueError(f"chunk_overlap: {self.chunk_overlap} is not less than half of chunk_tokens {self.chunk_tokens}")
         if self.data and self.questions:
             raise ValueError("data, questions: set one of them; questions come from a dataset or from a file")
 
@@ -188,7 +188,7 @@ def rankings_of(
     fused = [fuse_ranks(pair) for pair in zip(words, meaning, strict=True)]
     return {name: [r[:k] for r in ranked] for name, ranked in zip(METHODS[1:], (words, meaning, fused, both), strict=True)}
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #a50dd37d
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #41665a00
 @dataclass
 class Retrieval:
     "What the stage made, not yet sealed."
@@ -209,15 +209,26 @@ def build(
 ) -> tuple[Index, dict[str, float]]:  # the index, and what it took
     "Make the index, and measure how long it takes to make, to look through again, and to change."
     encoder = load_encoder(pick_encoder(cfg, documents), cfg.query_prefix, cfg.passage_prefix)
+    size = min(cfg.chunk_tokens, encoder.tokens.reads)
+    if cfg.chunk_overlap * 2 >= size:
+        raise ParamError(f"chunk_overlap: {cfg.chunk_overlap} is not less than half of the {size} tokens that {encoder.ref} reads; lower it")
     began = time.perf_counter()
-    index = create_index(work / "index", encoder, min(cfg.chunk_tokens, encoder.tokens.reads), cfg.chunk_overlap, cfg.analyser)
+    index = create_index(work / "index", encoder, size, cfg.chunk_overlap, cfg.analyser)
     change = put(index, documents)
     times = {"build_seconds": time.perf_counter() - began, "embedded": change.embedded}
     began = time.perf_counter()
     put(index, documents, whole=True)
     return index, times | {"rebuild_seconds": time.perf_counter() - began}
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #5b216be1
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #4a1210e5
+def wording(
+    document: Document,  # any, perhaps one that begins with a ruled line
+    words: int = 30,  # at most so many
+) -> str:  # something that can be searched for
+    "A document's first words, or its id when it has none."
+    return " ".join(re.findall(r"\w+", document.text)[:words]) or f"document {document.id}"
+
+
 def time_changes(
     index: Index,  # an open index; a copy of it is changed
     document: Document,  # one of its documents
@@ -228,16 +239,16 @@ def time_changes(
     spans = []
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(resolve_path(index.path), f"{folder}/index")
-        trial, asked = open_index(f"{folder}/index", index.encoder), document.text[:200]
+        trial, asked = open_index(f"{folder}/index", index.encoder), wording(document)
         for _ in range(repeats):
             a = time.perf_counter()
             remove(trial, [document.id])
             b = time.perf_counter()
-            seen = document.id not in documents_of(search(trial, asked, 3))
+            seen = not search(trial, asked, 3, where={"document": document.id})  # others may begin alike, so only it is looked for
             c = time.perf_counter()
-            put(trial, [document], progress=False)
+            put(trial, [replace(document, text=f"{document.text} {time.time_ns()}")], progress=False)  # new text, so that it has to be embedded
             spans.append((1e3 * (b - a), 1e3 * (time.perf_counter() - c)))
-            seen = seen and document.id in documents_of(search(trial, asked, 3))
+            seen = seen and bool(search(trial, asked, 3, where={"document": document.id}))
             if not seen:
                 raise IndexFault(f"{document.id}: a query did not see the change that came before it")
     out, into = np.median(spans, axis=0)
@@ -335,7 +346,7 @@ def choose_weight(
         return DEFAULT_WEIGHT if cfg.weight is None else cfg.weight, []
     return tune_weight([found for found, _ in train], [gold for _, gold in train])
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #c92c7805
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #e6dd894b
 def retrieve(
     cfg: RetrievalParams,  # what to index, and how to measure it
 ) -> Retrieval:  # to be sealed
@@ -356,7 +367,7 @@ def retrieve(
             scores["search"], ranked = measure(cfg, documents, [q for q, _ in known], [found for _, found in known], weight)
             missed = [{"id": q.id, "question": q.text, "gold": q.gold[0], "found": r[0] if r else None}
                       for (q, _), r in zip(known, ranked["hybrid"], strict=True) if q.split == "test" and not set(q.gold) & set(r)]
-        timed = [q.text for q in asked if re.search(r"\w", q.text)][-cfg.timed_queries:] or [d.text[:80] for d in documents[:cfg.timed_queries]]
+        timed = [q.text for q in asked if re.search(r"\w", q.text)][-cfg.timed_queries:] or [wording(d)[:80] for d in documents[:cfg.timed_queries]]
         metrics |= time_queries(index, timed, weight, cfg.depth) | time_changes(index, documents[0])
         write_contexts(cfg, work, index, asked, proposed, weight)
         write_jsonl(work / "unused.jsonl", unused)

@@ -6,7 +6,7 @@
 __all__ = ['Mode', 'WEIGHTS', 'QueryError', 'check_query', 'candidates', 'rank', 'search', 'documents_of', 'tune_weight',
            'load_reranker', 'rerank']
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #dc08e34d
+# %% ../../nbs/2_adaptation/21e_search.ipynb #ff66a8f6
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .embedding import ENGLISH_MODEL, load_encoder
-from .index import Hit, Index, bm25, create_index, dense, filled, put
+from .index import Hit, Index, at_one_version, bm25, create_index, dense, filled, put
 from .ingestion import Document
 from ..evaluation.ranking import recall_at, reciprocal_rank
 from ..models import quiet
@@ -57,7 +57,7 @@ def candidates(
         found[h.id] = replace(h, row=h.row | {"cosine": cosine, "bm25": h.score})
     return list(found.values())
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #33f4a622
+# %% ../../nbs/2_adaptation/21e_search.ipynb #bc715efb
 Mode = Literal["hybrid", "dense", "bm25"]
 
 
@@ -88,7 +88,7 @@ def search(
         return bm25(index, check_query(text), k, where)
     if mode == "dense":
         return dense(index, index.encoder.queries([check_query(text)])[0], k, where)
-    return filled(index, rank(candidates(index, text, max(k, depth), where), weight)[:k])
+    return at_one_version(index, lambda ix: filled(ix, rank(candidates(ix, text, max(k, depth), where), weight)[:k]))[0]
 
 
 def documents_of(
