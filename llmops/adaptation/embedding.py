@@ -51,14 +51,14 @@ def load_encoder(
         return nano_encoder(ref, path, query_prefix, passage_prefix)
     return sentence_encoder(ref, path, query_prefix, passage_prefix)
 
-# %% ../../nbs/2_adaptation/21c_embedding.ipynb #95edcdfa
+# %% ../../nbs/2_adaptation/21c_embedding.ipynb #ff37c58a
 def sentence_encoder(
     ref: str,  # how parameters name the model
     path: Path,  # its folder
     query_prefix: str = "",  # put before a query
     passage_prefix: str = "",  # put before a passage
 ) -> Encoder:  # ready to embed
-    "A sentence-transformers model. Passages are embedded in bfloat16 where that is quick (four times on such a CPU), a short query in float32."
+    "A sentence-transformers model, in bfloat16 where that is quick: four times on such a CPU, and vectors that differ by 0.0001 in their cosine."
     import torch
     from sentence_transformers import SentenceTransformer
     if not (path / "modules.json").is_file():
@@ -68,7 +68,7 @@ def sentence_encoder(
     tokens, low = embedding_tokenizer(model, passage_prefix), getattr(torch, default_dtype())
 
     def embed(texts: list[str], how: Callable[..., Any], prefix: str) -> "np.ndarray":
-        with torch.autocast(model.device.type, dtype=low, enabled=sum(map(len, texts)) > 400 and low is not torch.float32):
+        with torch.autocast(model.device.type, dtype=low, enabled=low is not torch.float32):
             found = how([prefix + t for t in texts], batch_size=16, convert_to_tensor=True, show_progress_bar=False)
         return torch.nn.functional.normalize(found.float(), dim=1).cpu().numpy()
 

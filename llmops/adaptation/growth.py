@@ -42,12 +42,11 @@ def perturbed(
         yield row | {"id": f"{row['id']}~{turn}", "document": f"{row['document']}~{turn}", "terms": " ".join(terms), "text": " ".join(terms),
                      "vector": vector / np.linalg.norm(vector)}
 
-# %% ../../nbs/2_adaptation/21i_growth.ipynb #33e363c9
+# %% ../../nbs/2_adaptation/21i_growth.ipynb #beb46687
 def grow(
     index: Index,  # an open index, whose chunks are repeated
     queries: Sequence[str],  # what is asked at every size
     sizes: Sequence[int] = (1_000, 3_000, 10_000, 30_000, 100_000),  # chunks
-    step: int = 10_000,  # rows in one commit
 ) -> list[dict[str, float]]:  # per size: chunks, build_seconds without embedding, query_p50_ms, query_p95_ms, add_ms, delete_ms, mb on disk
     "Build an index of every size in a temporary folder, and time it."
     import numpy as np
@@ -59,8 +58,7 @@ def grow(
             wanted, spans = list(perturbed(rows, size)), []
             began = time.perf_counter()
             trial = create_index(f"{folder}/index", index.encoder, index.settings["size"], index.settings["overlap"], index.settings["analyser"])
-            for start in range(0, size, step):
-                commit(trial, wanted[start:start + step], [], unindexed=min(size, step))
+            commit(trial, wanted, [], unindexed=1)
             built = time.perf_counter() - began
             search(trial, queries[0])
             for q in queries:

@@ -6,15 +6,16 @@
 __all__ = ['Mode', 'WEIGHTS', 'QueryError', 'check_query', 'candidates', 'rank', 'search', 'documents_of', 'tune_weight',
            'load_reranker', 'rerank']
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #ff66a8f6
+# %% ../../nbs/2_adaptation/21e_search.ipynb #5c64d0ff
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .embedding import ENGLISH_MODEL, load_encoder
-from .index import Hit, Index, at_one_version, bm25, create_index, dense, filled, put
+from .index import COLUMNS, Hit, Index, at_one_version, bm25, create_index, dense, filled, put
 from .ingestion import Document
 from ..evaluation.ranking import recall_at, reciprocal_rank
 from ..models import quiet
@@ -38,26 +39,28 @@ def check_query(
         raise QueryError(f"query: {text.strip()[:40]!r} holds no letter or digit, so nothing can be searched for")
     return text.strip()
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #1c3b1089
+# %% ../../nbs/2_adaptation/21e_search.ipynb #09e847a5
 def candidates(
     index: Index,  # an open index
     text: str,  # what is asked
     depth: int = 100,  # how many each search proposes
     where: dict[str, str] | None = None,  # labels that a chunk must have
-) -> list[Hit]:  # the union; each row has `id`, `document`, `cosine` and `bm25`, and `score` is not set yet
-    "What both searches propose."
-    text, lean = check_query(text), ("id", "document")
-    vector = index.encoder.queries([text])[0]
-    near = dense(index, vector, depth, where, lean)
-    words = bm25(index, text, depth, where, (*lean, "vector"))
+    columns: Sequence[str] = ("id", "document"),  # what to read of those that the vectors propose
+) -> list[Hit]:  # the union; each row has `cosine` and `bm25`, and `score` is not set yet
+    "What both searches propose. BM25 searches while the query is embedded."
+    text = check_query(text)
+    with ThreadPoolExecutor(1) as other:
+        searching = other.submit(bm25, index, text, depth, where, ("id", "document", "vector"))
+        vector = index.encoder.queries([text])[0]
+        near, words = dense(index, vector, depth, where, columns), searching.result()
     floor = words[-1].score if len(words) == depth else 0.0
     found = {h.id: replace(h, row=h.row | {"cosine": h.score, "bm25": floor}) for h in near}
     for h in words:
         cosine = float(h.row.pop("vector") @ vector)
-        found[h.id] = replace(h, row=h.row | {"cosine": cosine, "bm25": h.score})
+        found[h.id] = replace(h, row=(found[h.id].row if h.id in found else h.row) | {"cosine": cosine, "bm25": h.score})
     return list(found.values())
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #bc715efb
+# %% ../../nbs/2_adaptation/21e_search.ipynb #89e8a474
 Mode = Literal["hybrid", "dense", "bm25"]
 
 
@@ -88,7 +91,7 @@ def search(
         return bm25(index, check_query(text), k, where)
     if mode == "dense":
         return dense(index, index.encoder.queries([check_query(text)])[0], k, where)
-    return at_one_version(index, lambda ix: filled(ix, rank(candidates(ix, text, max(k, depth), where), weight)[:k]))[0]
+    return at_one_version(index, lambda ix: filled(ix, rank(candidates(ix, text, max(k, depth), where, COLUMNS), weight)[:k]))[0]
 
 
 def documents_of(
