@@ -74,8 +74,8 @@ def check(
                 faults.append(e.message)
     return faults
 
-# %% ../nbs/0_foundation/07_notebooks.ipynb #966e715a
-PREFER = ("qlora", "qlora-merged-base", "qlora-merged-base-gptq", "evaluation/qlora-merged-base-gptq")
+# %% ../nbs/0_foundation/07_notebooks.ipynb #8b6cfcb7
+PREFER = ("retrieval", "qlora", "qlora-merged-base", "qlora-merged-base-gptq", "evaluation/qlora-merged-base-gptq")
 
 def feeding_runs(
     runs: Path,  # the folder of the runs
