@@ -220,7 +220,7 @@ def build(
     put(index, documents, whole=True)
     return index, times | {"rebuild_seconds": time.perf_counter() - began}
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #4a1210e5
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #37fd8d90
 def wording(
     document: Document,  # any, perhaps one that begins with a ruled line
     words: int = 30,  # at most so many
@@ -233,7 +233,7 @@ def time_changes(
     index: Index,  # an open index; a copy of it is changed
     document: Document,  # one of its documents
     repeats: int = 5,  # how often it is taken out and put back
-) -> dict[str, Any]:  # median milliseconds until the next query sees a document go and come, and whether it always did
+) -> dict[str, Any]:  # median milliseconds of taking a document out and of putting it in; `IndexFault` when the next query does not see it
     "How long one document takes."
     import numpy as np
     spans = []
@@ -346,7 +346,7 @@ def choose_weight(
         return DEFAULT_WEIGHT if cfg.weight is None else cfg.weight, []
     return tune_weight([found for found, _ in train], [gold for _, gold in train])
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #e6dd894b
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #9a5205b4
 def retrieve(
     cfg: RetrievalParams,  # what to index, and how to measure it
 ) -> Retrieval:  # to be sealed
@@ -373,7 +373,7 @@ def retrieve(
         write_jsonl(work / "unused.jsonl", unused)
         for name, content in (("scores", scores), ("tuning", [t | {"weight": str(t["weight"])} for t in tuning])):
             (work / f"{name}.json").write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        run.summary({k: v for k, v in metrics.items()} | {"chunks": scores["chunks"]})
+        run.summary(metrics | {"chunks": scores["chunks"]})
     corpora = [cfg.corpus] if isinstance(cfg.corpus, str) else cfg.corpus
     inputs = {f"corpus{f'_{n}' if n > 1 else ''}": ref for n, ref in enumerate(corpora, 1)} | {"encoder": index.settings["encoder"]}
     inputs |= {"data": dataset_path(cfg.data)} if cfg.data else {"questions": cfg.questions} if cfg.questions else {}

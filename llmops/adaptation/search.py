@@ -6,23 +6,19 @@
 __all__ = ['Mode', 'WEIGHTS', 'QueryError', 'check_query', 'candidates', 'rank', 'search', 'documents_of', 'tune_weight',
            'load_reranker', 'rerank']
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #5c64d0ff
+# %% ../../nbs/2_adaptation/21e_search.ipynb #411110a7
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from .embedding import ENGLISH_MODEL, load_encoder
-from .index import COLUMNS, Hit, Index, at_one_version, bm25, create_index, dense, filled, put
-from .ingestion import Document
+from .index import COLUMNS, Hit, Index, at_one_version, bm25, dense, filled
+from ..artifacts import source
 from ..evaluation.ranking import recall_at, reciprocal_rank
 from ..models import quiet
 from ..project import ParamError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # %% ../../nbs/2_adaptation/21e_search.ipynb #c15d60f4
 class QueryError(ValueError):
@@ -121,13 +117,12 @@ def tune_weight(
     best = max(table, key=lambda r: (round(r[f"recall@{k}"], 6), round(r["mrr"], 6), -r["weight"]))
     return best["weight"], table
 
-# %% ../../nbs/2_adaptation/21e_search.ipynb #0160193e
+# %% ../../nbs/2_adaptation/21e_search.ipynb #ff268eed
 def load_reranker(
     ref: str,  # Hub id or folder of a cross-encoder
 ) -> Callable[[str, list[str]], list[float]]:  # question and passages -> scores, higher is better
     "Open a cross-encoder."
     import numpy as np
-    from llmops.artifacts import source
     from sentence_transformers import CrossEncoder
     quiet()
     model = CrossEncoder(str(source(ref)))
