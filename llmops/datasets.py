@@ -8,12 +8,10 @@ __all__ = ['INSTRUCTION', 'Share', 'Count', 'BENCHMARK_FIELDS', 'SPLITS', 'TINY_
            'token_counter', 'decontaminate', 'Dataset', 'set_aside_invalid', 'make_splits', 'check_splits',
            'make_dataset', 'tiny_data', 'dataset_path', 'read_split']
 
-# %% ../nbs/0_foundation/04_datasets.ipynb #058a63f6
+# %% ../nbs/0_foundation/04_datasets.ipynb #054f8d0d
 import importlib.util
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, json_digest, read_manifest, seal, working
+from .cache import cached
 from .curation import benchmark_texts, contaminated, duplicate_of, group_texts, normalize, row_texts, split_of, text_id
 from .datacard import data_card, readme
 from .project import resolve_path, seed_everything, stage_params
@@ -329,27 +328,21 @@ def make_dataset(
         (work / "README.md").write_text(readme(card), encoding="utf-8")
     return Dataset(work, splits, removed, lengths, card, dict(sources))
 
-# %% ../nbs/0_foundation/04_datasets.ipynb #4da21b0e
+# %% ../nbs/0_foundation/04_datasets.ipynb #572c104c
 TINY_DATA = "tiny:data"
 
 
 def tiny_data() -> Path:  # an artifact folder under `runs/.tiny`
     "60 embedded rows as a dataset, made on first use and again whenever the code that makes them changes."
-    path, mine = resolve_path("runs/.tiny/data"), resolve_path(f"runs/.tiny/data.{os.getpid()}")
     specs = [importlib.util.find_spec(f"llmops.{m}") for m in ("reading", "curation", "datacard", "datasets")]
     code = json_digest([file_digest(s.origin) for s in specs if s and s.origin])
-    if not path.exists() or read_manifest(path)["params"].get("code") != code:
-        cfg = DataParams(limit=60, test=0.25, valid=0.15, general_train=24, general_test=8, out=str(mine))
+
+    def build(folder: Path) -> None:
+        cfg = DataParams(limit=60, test=0.25, valid=0.15, general_train=24, general_test=8, out=f"{folder}/made")
         made = make_dataset(cfg)
-        seal(made.work, mine, "dataset", "llmops.datasets", {**cfg.__dict__, "out": TINY_DATA, "code": code}, made.inputs)
-        try:
-            if path.exists():
-                path.rename(old := mine.with_suffix(".old"))
-                shutil.rmtree(old)
-            mine.rename(path)
-        except OSError:  # another process was first
-            shutil.rmtree(mine, ignore_errors=True)
-    return path
+        seal(made.work, cfg.out, "dataset", "llmops.datasets", {**vars(cfg), "out": TINY_DATA}, made.inputs)
+
+    return cached(resolve_path("runs/.tiny/data"), code, build) / "made"
 
 # %% ../nbs/0_foundation/04_datasets.ipynb #d545beb4
 def dataset_path(

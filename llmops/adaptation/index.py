@@ -8,7 +8,7 @@ __all__ = ['Analyser', 'HANGUL', 'EVERY', 'COLUMNS', 'kiwi', 'morphemes', 'bigra
            'stored_documents', 'chunk_rows', 'quoted', 'put', 'commit', 'remove', 'condition', 'rows_found', 'dense',
            'bm25', 'filled', 'at_one_version', 'content_digest']
 
-# %% ../../nbs/2_adaptation/21d_index.ipynb #2b19234b
+# %% ../../nbs/2_adaptation/21d_index.ipynb #83a8fa4d
 import json
 import os
 import re
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .chunking import chunk, embedding_text
-from .embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, Encoder, embed, load_encoder
+from .embedding import Encoder, embed, load_encoder
 from .ingestion import Document
 from ..artifacts import json_digest
 from ..project import resolve_path

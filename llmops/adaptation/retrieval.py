@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_WEIGHT', 'METHODS', 'TINY_RETRIEVAL', 'RetrievalParams', 'lo
            'wording', 'time_changes', 'time_queries', 'measure', 'write_contexts', 'find_questions', 'propose',
            'choose_weight', 'retrieve', 'retrieval_path', 'search_table']
 
-# %% ../../nbs/2_adaptation/21_retrieval.ipynb #03367a79
+# %% ../../nbs/2_adaptation/21_retrieval.ipynb #1acf9e16
 import json
 import math
 import re
@@ -28,10 +28,10 @@ from .index import HANGUL, Analyser, Hit, Index, IndexFault, content_digest, cre
 from .ingestion import Document, read_corpus
 from .search import candidates, documents_of, load_reranker, rank, rerank, search, tune_weight
 from ..artifacts import EMBEDDED_DATA, file_digest, input_digest, json_digest, seal, working
+from ..cache import cached
 from ..curation import split_of, text_id
 from ..datasets import dataset_path, read_split
 from ..evaluation.ranking import score_rankings, summarize_rankings
-from ..models import cached
 from ..project import ParamError, resolve_path, seed_everything, stage_params
 from ..reading import pick, read_rows, write_jsonl
 from ..tracking import track

@@ -7,7 +7,7 @@ __all__ = ['TINY_ADAPTER', 'NO_4BIT', 'TOLERANCE', 'tiny_adapter', 'adapter_path
            'exchange_base', 'place', 'ratios', 'quantization_to_update_ratio', 'MergeError', 'largest_difference',
            'divergence', 'check_merged', 'logprobs', 'MergingParams', 'Merged', 'as_trained', 'merge', 'describe']
 
-# %% ../../nbs/4_deployment/40_merging.ipynb #4a7a22cc
+# %% ../../nbs/4_deployment/40_merging.ipynb #ec9f61fe
 import json
 import re
 import statistics
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from ..artifacts import ArtifactError, input_digest, seal, working
+from ..cache import cached
 from ..datasets import dataset_path, read_split
 from ..models import (
-    adapter_base, apply_adapter, cached, completion_logprobs, default_dtype, dequantize, load, model_kind, model_path, save, size_mb)
+    adapter_base, apply_adapter, completion_logprobs, default_dtype, dequantize, load, model_kind, model_path, save, size_mb)
 from ..project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from ..tracking import track
 

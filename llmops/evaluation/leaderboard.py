@@ -10,7 +10,7 @@ __all__ = ['TRIVIAL', 'MERGES', 'ORDER', 'ABOUT', 'SCORES', 'DELTA', 'COSTS', 'V
            'spread', 'spread_table', 'spread_text', 'seed_spread', 'Leaderboard', 'report', 'make_leaderboard',
            'next_commands', 'main']
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #97ade8ad
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #98300b68
 import json
 import shutil
 import sys
@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..artifacts import begin, file_digest, input_digest, json_digest, read_manifest, seal, working
+from ..cache import cached
 from .metrics import EvaluationError, EvaluationParams, divergence, evaluate, interval, judge, summarize
-from ..models import cached, model_path, tiny
+from ..models import model_path, tiny
 from ..project import relative_path, resolve_path, seed_everything, stage_params
 from ..tracking import track
 
