@@ -14,7 +14,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run rag test check lab docs serve interop lock results seeds browser clean
+.PHONY: help setup run rag gate test check lab docs serve interop lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ rag: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 rag: $(READY)  ## index two corpora, tune on found passages, and answer with evidence
 	python -m llmops.warm dvc repro answering retrieval-bank
 	@python -m llmops.adaptation.answering runs/answering
+
+gate: $(READY)  ## may the new version replace the one in service? ship, hold or reject
+	dvc repro gate
+	@python -m llmops.evaluation.gate runs/gate
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.notebooks check

@@ -18,6 +18,15 @@ def tiny_retrieval() -> str:
     return str(retrieval_path("tiny:retrieval"))
 
 
+def tiny_case() -> str:
+    from llmops.evaluation.gate import remember
+    from llmops.evaluation.leaderboard import read_evaluation, tiny_evaluations
+    made, file = tiny_evaluations() / "qlora", ROOT / "runs/.tiny/cases.jsonl"
+    if not file.is_file():
+        remember(made, read_evaluation(made).predictions[0]["id"], "a tiny model knows nothing", file)
+    return str(file)
+
+
 STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> module, dataclass, entry point, parameters
     "0_foundation/03_models": ("models", "ModelParams", "import_model", {}),
     "0_foundation/04_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
@@ -27,6 +36,7 @@ STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> modul
     "2_adaptation/25_answering": ("adaptation.answering", "AnsweringParams", "answer_all",
                                   {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100}),
     "3_evaluation/30_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
+    "3_evaluation/32_gate": ("evaluation.gate", "GateParams", "gate", {"cases": tiny_case, "informs": lambda: ["size_mb"]}),
     "3_evaluation/33_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
     "3_evaluation/34_benchmarks": ("evaluation.benchmarks", "BenchmarkParams", "make_benchmark", {}),
     "4_deployment/40_merging": ("deployment.merging", "MergingParams", "merge", {}),
