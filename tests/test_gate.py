@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from llmops.evaluation.gate import GateParams, gate
+from llmops.evaluation.gate import VOLATILE_FILES, GateParams, gate
 from llmops.evaluation.leaderboard import tiny_evaluations
 from llmops.evaluation.metrics import EvaluationError
 
@@ -88,5 +88,5 @@ def test_the_same_gate_has_the_same_digest(tmp_path: Path) -> None:
     digests = []
     for n in range(2):
         made = gate(params(tmp_path, out=str(tmp_path / str(n))))
-        digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.evaluation.gate", {}, made.inputs)["digest"])
+        digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.evaluation.gate", {}, made.inputs, volatile=VOLATILE_FILES)["digest"])
     assert digests[0] == digests[1]
