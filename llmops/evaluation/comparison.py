@@ -184,7 +184,7 @@ def verdict(
         return "reject"
     return "ship" if checks and all(c.outcome == "pass" for c in checks) else "hold"
 
-# %% ../../nbs/3_evaluation/32a_comparison.ipynb #f72dc827
+# %% ../../nbs/3_evaluation/32a_comparison.ipynb #551e93eb
 @dataclass(frozen=True)
 class Draw:
     "Which questions, which side, and which answers are lost."
@@ -215,7 +215,7 @@ def draw(
     if drop > expected:
         raise EvaluationError(f"drop: {drop:g} cannot be lost by versions that score {expected:.3f}")
     picked, coin, luck = rng.integers(len(first), size=rows), rng.random(rows) < 0.5, rng.random(rows)
-    return Draw(picked, coin, luck < drop / expected if drop else luck < 0)
+    return Draw(picked, coin, luck * expected < drop)
 
 
 def simulate(

@@ -8,7 +8,7 @@ __all__ = ['SMALLER', 'COLORS', 'VOLATILE_FILES', 'CODES', 'CASES', 'row_scores'
            'plot', 'svg', 'page', 'add_to_history', 'plot_history', 'Gated', 'evaluation_path', 'changed_most',
            'ask_cases', 'gate', 'main']
 
-# %% ../../nbs/3_evaluation/32_gate.ipynb #65891562
+# %% ../../nbs/3_evaluation/32_gate.ipynb #5f04c381
 import html
 import io
 import json
@@ -31,7 +31,7 @@ from .metrics import EvaluationError, answer_rows
 from .slices import slices
 from ..models import load, model_path
 from ..project import ParamError, relative_path, resolve_path, seed_everything, stage_params
-from ..reading import read_rows
+from ..reading import read_rows, write_jsonl
 from ..tracking import track
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def make_checks(
                              f"a version has {', '.join(sorted(figures[0]))}")
     return settle(checks, cfg.alpha)
 
-# %% ../../nbs/3_evaluation/32_gate.ipynb #1df6d412
+# %% ../../nbs/3_evaluation/32_gate.ipynb #c12e0dd3
 def evaluated_rows(
     version: Evaluated,  # an evaluated version
 ) -> list[dict[str, Any]]:  # the rows of the dataset that it was asked, in its order
@@ -133,7 +133,7 @@ def remember(
             "why": why}
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(file.name + ".new")
-    work.write_text("".join(json.dumps(k, ensure_ascii=False) + "\n" for k in [*known, case]), encoding="utf-8")
+    write_jsonl(work, [*known, case])
     os.replace(work, file)
     return case
 
