@@ -14,7 +14,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run rag gate test check lab docs serve interop lock results seeds browser clean
+.PHONY: help setup run rag gate people test check lab docs serve interop lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ rag: $(READY)  ## index two corpora, tune on found passages, and answer with evi
 gate: $(READY)  ## may the new version replace the one in service? ship, hold or reject
 	dvc repro gate
 	@python -m llmops.evaluation.gate runs/gate
+
+people: $(READY)  ## have people rate answers in the browser; prints a link for each rater
+	papermill --engine llmops nbs/3_evaluation/31_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
+	python -m llmops.evaluation.human serve runs/human
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.notebooks check

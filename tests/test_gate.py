@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from test_judges import judging
 
+from llmops.artifacts import seal, source
 from llmops.evaluation.gate import VOLATILE_FILES, GateParams, gate
-from llmops.evaluation.leaderboard import tiny_evaluations
+from llmops.evaluation.human import HumanParams, make_study
+from llmops.evaluation.leaderboard import read_evaluation, tiny_evaluations
 from llmops.evaluation.metrics import EvaluationError
+from llmops.evaluation.offline import FACTS, read_pairs
+from llmops.evaluation.rating import cast, open_box, state
 
 
 def changed(name: str, to: Path, rewrite: Any) -> Path:
@@ -51,8 +56,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, values: dict[str, An
 
 def test_a_missing_score_is_no_zero(tmp_path: Path) -> None:
     other = changed("qlora", tmp_path / "other", lambda f: predictions(f, lambda r: r | {"f1": float("nan")}))
-    with pytest.raises(EvaluationError, match="f1: .* missing or not finite"):
-        gate(params(tmp_path, current=str(other)))
+    found = gate(params(tmp_path, current=str(other), margins={"f1": 0.05, "exact_match": 1.0}))
+    assert (found.verdict, [c.outcome for c in found.checks]) == ("hold", ["missing", "pass"])
+    assert "a missing score is no zero" in found.reasons[0]
 
 
 def test_a_figure_that_was_not_measured_holds(tmp_path: Path) -> None:
@@ -84,9 +90,92 @@ def test_every_verdict_has_its_exit_code(tmp_path: Path) -> None:
 
 
 def test_the_same_gate_has_the_same_digest(tmp_path: Path) -> None:
-    from llmops.artifacts import seal
     digests = []
     for n in range(2):
         made = gate(params(tmp_path, out=str(tmp_path / str(n))))
         digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.evaluation.gate", {}, made.inputs, volatile=VOLATILE_FILES)["digest"])
     assert digests[0] == digests[1]
+
+
+def oracle(prefers: set[str]) -> Any:
+    "A judge who agrees with people about which sentence is true to its source, and prefers certain answers."
+    true = {r.response for r in read_pairs(source(FACTS)) if r.label}
+
+    def script(body: dict[str, Any], n: int) -> dict[str, str]:
+        shown = json.loads(body["messages"][1]["content"])
+        good = [shown[side] in (prefers if "reference answer" in shown else true) for side in "AB"]
+        return {"verdict": "tie" if good[0] == good[1] else "A" if good[0] else "B"}
+    return script
+
+
+def judged(tmp: Path, url: str, **values: Any) -> Any:
+    return gate(params(tmp, **{"margins": {"f1": 1.0, "judge preferred": 0.1}, "judge_url": url, "judge_model": "scripted", "resamples": 999} | values))
+
+
+def test_a_judge_that_agrees_with_people_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {p["prediction"] for p in read_evaluation(tiny_evaluations() / "qlora").predictions}
+    with judging(oracle(mine), monkeypatch, tmp_path) as judge:
+        found = judged(tmp_path, judge.endpoint.base_url)  # the judge prefers the version in service
+        assert (found.verdict, found.checks[1].outcome) == ("reject", "worse"), found.reasons
+        assert found.checks[1].candidate is not None and found.checks[1].candidate < 0.2
+        asked = len(judge.bodies)
+        turned = judged(tmp_path, judge.endpoint.base_url, candidate="tiny:qlora", current="tiny:qlora-merged-base")
+        assert (turned.verdict, len(judge.bodies)) == ("ship", asked)  # and is not asked the same again
+
+
+def test_a_judge_under_the_floor_informs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(body: dict[str, Any], n: int) -> dict[str, str]:
+        "Prefers the version in service, and of two sentences the one that it sees first."
+        shown = json.loads(body["messages"][1]["content"])
+        return oracle(mine)(body, n) if "reference answer" in shown else {"verdict": "A"}
+    mine = {p["prediction"] for p in read_evaluation(tiny_evaluations() / "qlora").predictions}
+    with judging(first, monkeypatch, tmp_path) as judge:
+        found = judged(tmp_path, judge.endpoint.base_url)
+        assert (found.verdict, found.checks[1].outcome) == ("ship", "worse")  # it sees a loss, and is not believed
+        assert "does not decide: its judge agrees with people by a kappa of 0.00" in found.reasons[-1]
+
+
+def test_a_judge_that_is_down_or_talks_nonsense_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with judging(lambda body, n: "I like both.", monkeypatch, tmp_path) as judge:
+        nonsense = judged(tmp_path, judge.endpoint.base_url)
+    down = judged(tmp_path, judge.endpoint.base_url)  # its server has ended
+    for found in (nonsense, down):
+        assert (found.verdict, found.checks[1].outcome, found.checks[1].candidate) == ("hold", "missing", None)
+        assert "a missing score is no zero" in found.reasons[0]
+
+
+def study(tmp: Path, values: dict[str, Any], prefers: str) -> str:
+    "A rating study of two tiny versions in which everybody prefers one of them."
+    cfg = HumanParams(out=str(tmp / "human"), wandb="disabled", resamples=100, comparisons=40, **values)
+
+    def made() -> None:
+        done = make_study(cfg)
+        seal(done.work, cfg.out, "study", "llmops.evaluation.human", {}, done.inputs, done.metrics)
+    made()
+    texts = {p["prediction"] for p in read_evaluation(tiny_evaluations() / prefers).predictions}
+    with open_box(cfg.out) as (box, _):
+        for rater in cfg.raters:
+            while task := state(box, rater)["task"]:
+                choice = 3 if task["kind"] == "grade" else "A" if task["answers"][0] in texts else "B"
+                cast(box, {"vote": f"{rater}{state(box, rater)['done']}", "rater": rater, "task": task["task"], "choice": choice})
+    made()
+    return cfg.out
+
+
+def test_people_decide(tmp_path: Path) -> None:
+    rated = study(tmp_path, {"evaluations": ["tiny:qlora", "tiny:qlora-merged-base"], "grades": 12}, "qlora")
+    asked = {"people": rated, "margins": {"people preferred": 0.1}, "resamples": 999}
+    assert gate(params(tmp_path, **asked)).verdict == "reject"
+    assert gate(params(tmp_path, **asked, candidate="tiny:qlora", current="tiny:qlora-merged-base")).verdict == "ship"
+    graded = gate(params(tmp_path, people=rated, margins={"people grade": 0.5}, least=2))
+    assert graded.checks[0].candidate == 3.0, graded.reasons  # nobody gave anything else
+    with pytest.raises(EvaluationError, match="not about these answers of base"):
+        gate(params(tmp_path, **asked, current="tiny:base"))
+
+
+def test_a_study_without_votes_is_refused(tmp_path: Path) -> None:
+    cfg = HumanParams(out=str(tmp_path / "human"), wandb="disabled", evaluations=["tiny:qlora", "tiny:qlora-merged-base"])
+    made = make_study(cfg)
+    seal(made.work, cfg.out, "study", "llmops.evaluation.human", {}, made.inputs, made.metrics)
+    with pytest.raises(EvaluationError, match="nobody has voted"):
+        gate(params(tmp_path, people=cfg.out, margins={"people preferred": 0.1}))

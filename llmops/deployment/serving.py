@@ -37,13 +37,14 @@ from ..models import decode_speed, encode_prompt, load, load_tokenizer, model_ki
 from ..project import ParamError, project_root, relative_path, resolve_path, seed_everything, stage_params
 from ..tracking import track
 
-# %% ../../nbs/4_deployment/45_serving.ipynb #f1260bc2
+# %% ../../nbs/4_deployment/45_serving.ipynb #2a7ca823
 def bound(
     port: int,  # 0: any free one
 ) -> socket.socket:  # bound to 127.0.0.1
     "Take a port of this machine. Raises `ServingError` when another program has it."
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or an answer waits 40 ms for the client's acknowledgement
     try:
         taken.bind(("127.0.0.1", port))
         taken.listen()
