@@ -7,7 +7,7 @@ __all__ = ['REFUSAL', 'EvaluationError', 'normalize', 'answer_f1', 'exact_match'
            'gold_logprobs', 'divergence', 'EvaluationParams', 'which_fit', 'answer_rows', 'kept_mb', 'protocol',
            'Evaluation', 'measure', 'evaluate']
 
-# %% ../../nbs/3_evaluation/30_metrics.ipynb #65ef45bc
+# %% ../../nbs/3_evaluation/30_metrics.ipynb #05f0e6f8
 import json
 import math
 import re
@@ -28,7 +28,7 @@ from llmops.models import (
     decode_speed,
     encode_completion,
     encode_prompt,
-    generate,
+    generate_scored,
     load,
     model_kind,
     model_path,
@@ -198,7 +198,7 @@ def which_fit(
     room = context_length(model) - max_new_tokens
     return [len(encode_prompt(tokenizer, r["prompt"])) <= room for r in rows]
 
-# %% ../../nbs/3_evaluation/30_metrics.ipynb #f0554be9
+# %% ../../nbs/3_evaluation/30_metrics.ipynb #f733eac6
 def answer_rows(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
@@ -206,15 +206,17 @@ def answer_rows(
     max_new_tokens: int,  # longest answer, tokens
     batch_size: int,  # questions at once
     refusal: str = REFUSAL,  # how the data say that there is no answer
-) -> tuple[list[dict[str, Any]], list[bool]]:  # judged rows, and which prompts fitted
+) -> tuple[list[dict[str, Any]], list[bool]]:  # judged rows with `probability` (per token, geometric mean; None when not asked), and which prompts fitted
     "Ask every question that fits; the others get an empty answer."
     ok = which_fit(model, tokenizer, rows, max_new_tokens)
     asked = [r["prompt"] for r, fit in zip(rows, ok, strict=True) if fit]
     if not asked:
         raise EvaluationError(f"not one of {len(rows)} prompts fits the model's context of {context_length(model)} tokens with "
                               f"max_new_tokens={max_new_tokens}; take a model with a longer context or shorter passages")
-    said = iter(generate(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size))
-    return judge(rows, [next(said) if fit else "" for fit in ok], refusal), ok
+    said = iter(generate_scored(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size))
+    answers = [next(said) if fit else ("", None) for fit in ok]
+    sure = [None if score is None else math.exp(score) for _, score in answers]
+    return [r | {"probability": p} for r, p in zip(judge(rows, [text for text, _ in answers], refusal), sure, strict=True)], ok
 
 # %% ../../nbs/3_evaluation/30_metrics.ipynb #d8bd547b
 def kept_mb(

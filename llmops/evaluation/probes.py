@@ -208,13 +208,14 @@ def perturb(
     "Spoil a question. The same row comes out the same, whatever rows are around it."
     return PERTURBATIONS[how](row["question"], random.Random(f"{seed}/{how}/{row['id']}"))
 
-# %% ../../nbs/3_evaluation/30g_probes.ipynb #9ff884d5
+# %% ../../nbs/3_evaluation/30g_probes.ipynb #ab16d79e
 def robustness(
     version: Version,  # who is asked
     rows: Sequence[Row],  # questions of a dataset, with `passage` and `prompt`
     max_new_tokens: int = 8,  # longest answer, tokens
     refusal: str = REFUSAL,  # how the data say that there is no answer
     seed: int = 42,  # of what is left to chance
+    known: dict[str, str] | None = None,  # id -> what the version answered to the clean question, when it was asked before
 ) -> list[dict[str, Any]]:  # for each way and each row: `perturbation`, `asked`, `changed`, and what `judge` gives; the clean questions first
     "Ask questions clean and spoilt. Raises `EvaluationError` for a row whose prompt is not the dataset's."
     asked: list[tuple[str, Row, str]] = [("clean", r, r["question"]) for r in rows]
@@ -223,10 +224,11 @@ def robustness(
         if prompt(r["passage"], r["question"], r["prompt"][0]["content"]) != r["prompt"]:
             raise EvaluationError(f"robustness: the prompt of row {r['id']} is not made of its passage and question, so the question cannot be "
                                   "spoilt in it; give rows of a dataset artifact")
-    different = list(dict.fromkeys((r["id"], q) for _, r, q in asked))
+    said = {(r["id"], r["question"]): known[r["id"]] for r in rows} if known else {}
+    different = [k for k in dict.fromkeys((r["id"], q) for _, r, q in asked) if k not in said]
     by_id = {r["id"]: r for r in rows}
     prompts = [prompt(by_id[i]["passage"], q, by_id[i]["prompt"][0]["content"]) for i, q in different]
-    said = dict(zip(different, ask(version, prompts, max_new_tokens), strict=True))
+    said |= dict(zip(different, ask(version, prompts, max_new_tokens), strict=True))
     scored = judge([r for _, r, _ in asked], [said[r["id"], q] for _, r, q in asked], refusal)
     return [{"perturbation": how, "asked": q, "changed": q != r["question"]} | s for (how, r, q), s in zip(asked, scored, strict=True)]
 
