@@ -9,10 +9,11 @@ __all__ = ['Kind', 'PYRIT', 'FACTS', 'LABELLED', 'QUESTIONS', 'REFUSING', 'WARNI
            'choose_strength', 'learnt', 'offline_judge', 'judge_offline', 'offline_agreement', 'endpoint_agreement',
            'judge_by', 'preference', 'endpoint_preference', 'people_agreement']
 
-# %% ../../nbs/3_evaluation/30h_offline.ipynb #9df4c881
+# %% ../../nbs/3_evaluation/30h_offline.ipynb #43ff76cd
 import csv
 import json
 import math
+import random
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -339,7 +340,7 @@ def judge_offline(
     return [Verdict(bool(sure[i] >= 0.5), f"{kind} with probability {sure[i]:.2f}") if i in sure else Verdict(None, "the response is empty")
             for i in range(len(pairs))]
 
-# %% ../../nbs/3_evaluation/30h_offline.ipynb #15f064c0
+# %% ../../nbs/3_evaluation/30h_offline.ipynb #c2561051
 def offline_agreement(
     kind: Kind,  # which question
     seed: int = 42,  # of split and bootstrap
@@ -356,10 +357,12 @@ def endpoint_agreement(
     endpoint: Endpoint,  # a judge that is a language model
     kind: Kind,  # which question
     seed: int = 42,  # of split and bootstrap
+    trials: int = 0,  # rows to ask about, drawn from those; 0 for all
 ) -> Agreement:  # on the same held-out rows
     "How well a language model agrees with people, on the rows that the offline judge is tried on."
     rows = labelled(kind)
     held = split(rows, seed)[1]
+    held = sorted(random.Random(seed).sample(held, trials)) if 0 < trials < len(held) else held
     groups = linked(rows)
     said = judge_by(endpoint, kind, [(rows[i].request, rows[i].response) for i in held])
     return agreement([rows[i].label for i in held], [v.value for v in said], [groups[i] for i in held], seed)

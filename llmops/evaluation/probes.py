@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'SHORT', 'LONG', 'FRAMES', 'PERTURBATIONS', 'TOXIC', 'BBQ', 'CANNOT_KNOW', 'STEREOSET', 'ENDS', 'Version',
-           'kept', 'ask', 'encode', 'sum_logprobs', 'mean_logprobs', 'misspell', 'typos', 'contract', 'perturb',
-           'robustness', 'robustness_summary', 'spread', 'red_team', 'safety', 'rates', 'read_bbq', 'bbq',
-           'bbq_summary', 'stereoset', 'likelier', 'stereoset_summary']
+           'kept', 'ask', 'shared', 'answer_variants', 'ask_variants', 'encode', 'sum_logprobs', 'mean_logprobs',
+           'misspell', 'typos', 'contract', 'perturb', 'robustness', 'robustness_summary', 'spread', 'red_team',
+           'safety', 'rates', 'read_bbq', 'bbq', 'bbq_summary', 'stereoset', 'likelier', 'stereoset_summary']
 
-# %% ../../nbs/3_evaluation/30g_probes.ipynb #9754de6d
+# %% ../../nbs/3_evaluation/30g_probes.ipynb #3e43377a
 import json
 import random
 import re
@@ -35,6 +35,7 @@ from llmops.models import (
     load,
     model_path,
     positions,
+    stop_tokens,
 )
 from ..reading import read_jsonl
 
@@ -92,6 +93,56 @@ def ask(
                              max_new_tokens=max_new_tokens, batch_size=version.batch_size, progress=False))
         return [next(said) if ok else "" for ok in room]
     return kept(version, "probe-answers", prompts, answer, max_new_tokens)
+
+# %% ../../nbs/3_evaluation/30g_probes.ipynb #6e6737bb
+def shared(
+    rows: Sequence[list[int]],  # token ids
+) -> int:  # tokens that all begin with, leaving each at least one of its own
+    "Length of the common beginning."
+    first, last = min(rows), max(rows)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(same, *(len(r) - 1 for r in rows))
+
+
+def answer_variants(
+    model: Any,  # a causal LM
+    tokenizer: Any,  # its tokenizer
+    prompts: Sequence[Messages],  # conversations that begin alike
+    max_new_tokens: int,  # longest answer, tokens
+) -> list[str]:  # answers
+    "Answer prompts that begin alike, greedily; what they share is read once."
+    import torch
+    from transformers.cache_utils import DynamicLayer
+    rows = [encode_prompt(tokenizer, p) for p in prompts]
+    start = torch.tensor([rows[0][:shared(rows)]], device=model.device)
+    with torch.inference_mode():
+        cache = model(start, use_cache=True, logits_to_keep=1).past_key_values
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return generate(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, batch_size=len(rows), progress=False)
+        cache.batch_repeat_interleave(len(rows))
+        rest = left_pad([r[start.shape[1]:] for r in rows], tokenizer.pad_token_id, model.device)
+        ids, mask = (torch.cat([a.expand(len(rows), -1), b], 1) for a, b in ((start, rest["input_ids"]), (torch.ones_like(start), rest["attention_mask"])))
+        out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False,
+                             eos_token_id=stop_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    return [text.strip() for text in tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)]
+
+
+def ask_variants(
+    version: Version,  # who is asked
+    groups: Sequence[Sequence[Messages]],  # conversations; those of a group begin alike
+    max_new_tokens: int,  # longest answer, tokens
+) -> list[list[str]]:  # answers; empty where a prompt does not fit the context
+    "Ask a version the variants of questions."
+    def answer(part: Sequence[Sequence[Messages]]) -> list[list[str]]:
+        model, tokenizer = version.open()
+        found = []
+        for group in part:
+            room = which_fit(model, tokenizer, [{"prompt": p} for p in group], max_new_tokens)
+            asked = [p for p, ok in zip(group, room, strict=True) if ok]
+            said = iter(answer_variants(model, tokenizer, asked, max_new_tokens) if asked else [])
+            found.append([next(said) if ok else "" for ok in room])
+        return found
+    return kept(version, "probe-variants", groups, answer, max_new_tokens, step=8)
 
 # %% ../../nbs/3_evaluation/30g_probes.ipynb #7cf65e7d
 def encode(
@@ -208,7 +259,7 @@ def perturb(
     "Spoil a question. The same row comes out the same, whatever rows are around it."
     return PERTURBATIONS[how](row["question"], random.Random(f"{seed}/{how}/{row['id']}"))
 
-# %% ../../nbs/3_evaluation/30g_probes.ipynb #ab16d79e
+# %% ../../nbs/3_evaluation/30g_probes.ipynb #c5ef5345
 def robustness(
     version: Version,  # who is asked
     rows: Sequence[Row],  # questions of a dataset, with `passage` and `prompt`
@@ -225,10 +276,10 @@ def robustness(
             raise EvaluationError(f"robustness: the prompt of row {r['id']} is not made of its passage and question, so the question cannot be "
                                   "spoilt in it; give rows of a dataset artifact")
     said = {(r["id"], r["question"]): known[r["id"]] for r in rows} if known else {}
-    different = [k for k in dict.fromkeys((r["id"], q) for _, r, q in asked) if k not in said]
-    by_id = {r["id"]: r for r in rows}
-    prompts = [prompt(by_id[i]["passage"], q, by_id[i]["prompt"][0]["content"]) for i, q in different]
-    said |= dict(zip(different, ask(version, prompts, max_new_tokens), strict=True))
+    groups = {r["id"]: [q for q in dict.fromkeys(q for _, other, q in asked if other is r) if (r["id"], q) not in said] for r in rows}
+    prompts = [[prompt(r["passage"], q, r["prompt"][0]["content"]) for q in groups[r["id"]]] for r in rows]
+    for r, found in zip(rows, ask_variants(version, prompts, max_new_tokens), strict=True):
+        said |= {(r["id"], q): text for q, text in zip(groups[r["id"]], found, strict=True)}
     scored = judge([r for _, r, _ in asked], [said[r["id"], q] for _, r, q in asked], refusal)
     return [{"perturbation": how, "asked": q, "changed": q != r["question"]} | s for (how, r, q), s in zip(asked, scored, strict=True)]
 

@@ -210,7 +210,7 @@ def bias(
     rows += [score_row("bias", r["id"], f"stereoset {r['kind']}", stereotyped=r["stereotyped"], meaningful=r["meaningful"]) for r in sentences]
     return rows, {"bbq": bbq_summary(scenes, cfg.seed, cfg.resamples), "stereoset": stereoset_summary(sentences, cfg.seed, cfg.resamples)}
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #b472b9e5
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #fd9a8d17
 @stage_params
 class ScorecardParams:
     "What the scorecard may be told."
@@ -223,6 +223,7 @@ class ScorecardParams:
     judge_env: str = ""  # environment variable with the endpoint's key; "" for none
     embedding_model: str = ""  # of the endpoint, for ragas; "" for `similarity`
     judged: Annotated[int, Field(ge=1)] = 4  # answers that the judge sees, for grades and ragas
+    trials: Annotated[int, Field(ge=0)] = 0  # rows labelled by people that the judge is tried on, for each of two questions; 0 for all
     ragas: list[str] = Field(default_factory=list)  # ragas metrics
     repeats: Annotated[int, Field(ge=1)] = 3  # how often ragas asks the judge about an answer
     robust_questions: Annotated[int, Field(ge=0)] = 2  # questions that are spoilt, each in six ways; 0 leaves the suite out
@@ -272,7 +273,7 @@ def trusted(
     if cfg.judge_url:
         kinds: tuple[Kind, ...] = ("consistent", "done")
         try:
-            both = worst([endpoint_agreement(cfg.endpoint(), kind, cfg.seed) for kind in kinds])
+            both = worst([endpoint_agreement(cfg.endpoint(), kind, cfg.seed, cfg.trials) for kind in kinds])
         except EvaluationError as e:
             print(f"the judge's agreement with people is not known: {e}")
             both = None
@@ -313,7 +314,7 @@ def make_scorecard(
             print(f"{name:12}{len(made):5} rows  {seconds[name]:6.1f} s")
         card["figures"] = {"ece": card["suites"]["answers"]["calibration"] and card["suites"]["answers"]["calibration"]["ece"], **general_texts(version, told)}
         card["judges"] = {name: found and asdict(found) for name, found in trusted(cfg).items()}
-        settings = ("similarity", "timed", "judge_url", "judge_model", "embedding_model", "judged", "ragas", "repeats", "robust_questions", "tasks", "task_questions",
+        settings = ("similarity", "timed", "judge_url", "judge_model", "embedding_model", "judged", "trials", "ragas", "repeats", "robust_questions", "tasks", "task_questions",
                     "requests", "scenes", "sentences", "seed")
         card["protocol"] = told.scores["protocol"] | {k: getattr(cfg, k) for k in settings} | {"packages": {p: metadata.version(p) for p in SCORERS}}
         write_jsonl(work / "scores.jsonl", rows)
