@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['SMALLER', 'COLORS', 'VOLATILE_FILES', 'CODES', 'CASES', 'check_figure', 'comparable', 'add_people', 'add_judge',
            'untrusted', 'paired_scores', 'make_checks', 'kept_rows', 'remember', 'regressions', 'GateParams',
-           'in_words', 'decide', 'plot', 'svg', 'page', 'add_to_history', 'plot_history', 'Gated', 'changed_most',
-           'ask_cases', 'gate', 'main']
+           'in_words', 'decide', 'plot', 'page', 'add_to_history', 'plot_history', 'Gated', 'changed_most', 'ask_cases',
+           'gate', 'main']
 
-# %% ../../nbs/3_evaluation/32_gate.ipynb #b877cb4f
+# %% ../../nbs/3_evaluation/32_gate.ipynb #17ee16e0
 import html
-import io
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from .metrics import EvaluationError, answer_rows
 from .offline import endpoint_preference
 from .scorecard import Scores, evaluated_rows, evaluation_path, read_scores
 from .slices import slices
+from .texts import svg
 from ..models import load, model_path
 from ..project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from ..reading import read_rows, write_jsonl
@@ -290,7 +290,7 @@ def decide(
     reasons += [f"(does not decide: {informs[c.name]}) {in_words(c)}" for c in checks if c.name in informs]
     return said, reasons
 
-# %% ../../nbs/3_evaluation/32_gate.ipynb #16cface2
+# %% ../../nbs/3_evaluation/32_gate.ipynb #91daf420
 COLORS = {"pass": "#2a9d5c", "worse": "#c8352b", "unclear": "#c98a12", "too few": "#888888", "missing": "#888888"}
 
 
@@ -312,17 +312,6 @@ def plot(
     ax.set_yticks(range(len(drawn)), [f"{c.name} ({c.rows})" for c in drawn])
     ax.set_xlabel("change against the version in service; the tick is the margin")
     return figure
-
-
-def svg(
-    figure: "Figure",  # a plot
-) -> str:  # the same bytes for the same plot
-    "A plot as SVG."
-    import matplotlib
-    with matplotlib.rc_context({"svg.hashsalt": "llmops", "svg.fonttype": "path"}):
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg"):]
 
 
 def page(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'TOKEN', 'Encode', 'Words', 'bleu_tokenizer', 'rouge', 'rouge_scorer', 'sacrebleu_metric', 'bleu', 'chrf',
-           'corpus_scores', 'similarity', 'surprise', 'bin_of', 'calibration', 'reliability_plot', 'latency',
+           'corpus_scores', 'similarity', 'surprise', 'bin_of', 'calibration', 'svg', 'reliability_plot', 'latency',
            'token_cost', 'machine_cost', 'check_predictions', 'score_texts']
 
-# %% ../../nbs/3_evaluation/30c_texts.ipynb #c89173fc
+# %% ../../nbs/3_evaluation/30c_texts.ipynb #f770fd9c
+import io
 import math
 import re
 import unicodedata
@@ -160,7 +161,18 @@ def calibration(
     return {"ece": float(np.abs(hits - confidence).sum() / p.size), "ece_by_chance": float(np.quantile(by_chance, 0.95)),
             "confidence": float(p.mean()), "accuracy": float(right.mean()), "answers": int(p.size), "table": table}
 
-# %% ../../nbs/3_evaluation/30c_texts.ipynb #65ddb100
+# %% ../../nbs/3_evaluation/30c_texts.ipynb #5176f669
+def svg(
+    figure: Any,  # a matplotlib figure
+) -> str:  # the same bytes for the same plot
+    "A plot as SVG."
+    import matplotlib
+    with matplotlib.rc_context({"svg.hashsalt": "llmops", "svg.fonttype": "path"}):
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg"):]
+
+
 def reliability_plot(
     found: dict[str, Any],  # of `calibration`
     title: str = "",  # above the plot
