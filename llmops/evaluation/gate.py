@@ -349,16 +349,18 @@ def page(
              "svg{max-width:100%;height:auto}")
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>{e(said)}: {e(title)}</title><style>{style}</style><body>{''.join(parts)}</body></html>\n"
 
-# %% ../../nbs/3_evaluation/32_gate.ipynb #e153fc8f
+# %% ../../nbs/3_evaluation/32_gate.ipynb #4e270802
 def add_to_history(
     file: str | Path,  # JSONL; made when it is not there
     entry: dict[str, Any],  # what to add: candidate, digest, verdict, scores
 ) -> list[dict[str, Any]]:  # all entries, oldest first
-    "Add a verdict, unless the last one of this candidate is the same."
+    "Add a verdict, unless the last one of this candidate is the same but for times, which never are."
+    def lasting(row: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in row.items() if k != "time"} | {"scores": {k: v for k, v in row["scores"].items() if not k.startswith("latency ")}}
     file = resolve_path(file)
     known = kept_rows(file)
     same = [k for k in known if k["digest"] == entry["digest"]][-1:]
-    if not same or {k: v for k, v in same[0].items() if k != "time"} != entry:
+    if not same or lasting(same[0]) != lasting(entry):
         known.append({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry})
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as f:
@@ -371,13 +373,13 @@ def plot_history(
 ) -> "Figure":  # a line per score
     "Scores of every candidate, in the order in which they came."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
     ax = figure.add_subplot()
     for name in dict.fromkeys(k for e in entries for k in e["scores"]):
         ax.plot([e["scores"].get(name) for e in entries], marker="o", label=name)
     ax.set_xticks(range(len(entries)), [f"{e['candidate']}\n{e['verdict']}" for e in entries], rotation=30, ha="right", fontsize=8)
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 # %% ../../nbs/3_evaluation/32_gate.ipynb #e71e17a8
