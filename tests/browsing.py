@@ -25,7 +25,7 @@ def served(command: list[str], url: str, cwd: Path, env: dict[str, str], seconds
     "Run a server until the block is left. Fails with its output when it ends or does not answer in time."
     log = cwd / "server.log"
     with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT, text=True)
     try:
         end = time.monotonic() + seconds
         while True:
@@ -39,21 +39,31 @@ def served(command: list[str], url: str, cwd: Path, env: dict[str, str], seconds
         yield url
     finally:
         server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        ended(server)
+
+
+def chromium_path() -> str:
+    "The Chromium of this machine."
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert found, "no Chromium on PATH: install it with the system's package manager, e.g. apt-get install chromium"
+    return found
+
+
+def ended(server: subprocess.Popen[str]) -> None:
+    "Wait for a server that was told to end, and kill one that does not."
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 @contextmanager
 def browser_page() -> Iterator[tuple[Page, list[str]]]:
     "A page of a real Chromium, and the list in which its errors and failed requests gather."
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert chromium, "no Chromium on PATH: install it with the system's package manager, e.g. apt-get install chromium"
     problems: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGS)
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=ARGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: problems.append(f"page: {e}"))

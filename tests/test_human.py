@@ -2,7 +2,6 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from browsing import ARGS, free_port
+from browsing import ARGS, chromium_path, ended, free_port
 from conftest import ROOT
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
@@ -70,11 +69,7 @@ def serving(study: Path, port: int = 0) -> Iterator[dict[str, str]]:
         yield links
     finally:
         server.send_signal(signal.SIGINT)
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        ended(server)
 
 
 def log_of(study: Path) -> list[dict[str, Any]]:
@@ -86,10 +81,8 @@ def log_of(study: Path) -> list[dict[str, Any]]:
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
     "A real browser in a process of its own."
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert found, "no Chromium on PATH: install it with the system's package manager, e.g. apt-get install chromium"
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=found, args=ARGS)
+        browser = await playwright.chromium.launch(executable_path=chromium_path(), args=ARGS)
         try:
             yield browser
         finally:

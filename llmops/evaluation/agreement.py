@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Level', 'Met', 'Estimate', 'rating_table', 'alpha', 'percentiles', 'kappa_of', 'kappa', 'pairwise_kappa',
-           'others_say', 'reliability', 'disagreements', 'spread', 'preference', 'ratings_needed', 'wins', 'strengths',
-           'bradley_terry', 'record']
+           'others_say', 'reliability', 'disagreements', 'spread', 'preference', 'ratings_needed', 'wins',
+           'groups_that_met', 'strengths', 'bradley_terry', 'record']
 
 # %% ../../nbs/3_evaluation/31a_agreement.ipynb #ad44a41e
 from collections.abc import Iterable, Sequence
@@ -260,7 +260,7 @@ def ratings_needed(
     more = 0 if decided else None if needed is None else max(1, needed - found.n)
     return {"questions": found.n, "decided": decided, "needed": needed, "more": more}
 
-# %% ../../nbs/3_evaluation/31a_agreement.ipynb #a2b8606f
+# %% ../../nbs/3_evaluation/31a_agreement.ipynb #46e9ae07
 Met = tuple[str, str, str, float]  # question, one version, another version, 1 (the first won) to 0 (the second won), 0.5 for a tie
 
 
@@ -281,6 +281,15 @@ def wins(
     return tables
 
 
+def groups_that_met(
+    votes: Sequence[Met],  # pairwise votes
+    names: Sequence[str],  # of the versions
+) -> "np.ndarray":  # [versions] number of its group, from 0; versions of a group were compared, directly or through others
+    "Which versions can be put in one order."
+    from scipy.sparse.csgraph import connected_components
+    return connected_components(wins(votes, names).any(axis=0), directed=False)[1]
+
+
 def strengths(
     won: "np.ndarray",  # [versions, versions] wins of the row's version over the column's, a tie as half a win for each
     start: "np.ndarray | None" = None,  # [versions] where to begin
@@ -292,7 +301,7 @@ def strengths(
         raise EvaluationError("some versions won or lost every comparison with the others: they have no finite strength")
     return choix.ilsr_pairwise_dense(won, initial_params=start, max_iter=1000, tol=1e-8)
 
-# %% ../../nbs/3_evaluation/31a_agreement.ipynb #bca2d464
+# %% ../../nbs/3_evaluation/31a_agreement.ipynb #362b9612
 def bradley_terry(
     votes: Sequence[Met],  # pairwise votes
     prior: float = 0.5,  # wins added to each side of every pair that met, above 0
@@ -302,14 +311,13 @@ def bradley_terry(
 ) -> list[dict[str, Any]]:  # version, strength (log, mean 0), low, high, best, wins, ties, losses; the strongest first
     "Rank versions (Bradley and Terry, 1952). Raises `EvaluationError` when votes do not connect all versions."
     import numpy as np
-    from scipy.sparse.csgraph import connected_components
     names = sorted({n for v in votes for n in v[1:3]})
     if len(names) < 2:
         raise EvaluationError("a ranking needs votes between two versions or more")
     tables = wins(votes, names)
     total = tables.sum(axis=0)
     added = prior * ((total + total.T) > 0)
-    group = connected_components(added, directed=False)[1]
+    group = groups_that_met(votes, names)
     if group.any():
         raise EvaluationError(f"{names[0]} and {names[int(group.argmax())]} were never compared, not even through others: "
                               "they cannot be ranked together")

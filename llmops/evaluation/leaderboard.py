@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['TRIVIAL', 'MERGES', 'ORDER', 'ABOUT', 'SCORES', 'DELTA', 'COSTS', 'VOLATILE_FILES', 'Evaluated', 'read_evaluation',
-           'read_evaluations', 'same_protocol', 'tiny_version', 'round4', 'tiny_evaluations', 'paired', 'distance',
-           'table_row', 'trivial_row', 'LeaderboardParams', 'table', 'with_costs', 'cell', 'markdown', 'quality_table',
-           'cost_table', 'merge_verdict', 'merge_text', 'agreement', 'gptq_text', 'choose', 'plot', 'side_by_side',
-           'spread', 'spread_table', 'spread_text', 'seed_spread', 'Leaderboard', 'report', 'make_leaderboard',
-           'next_commands', 'main']
+           'read_evaluations', 'same_protocol', 'alike', 'tiny_version', 'round4', 'tiny_evaluations', 'paired',
+           'distance', 'table_row', 'trivial_row', 'LeaderboardParams', 'table', 'with_costs', 'cell', 'markdown',
+           'quality_table', 'cost_table', 'merge_verdict', 'merge_text', 'agreement', 'gptq_text', 'choose', 'plot',
+           'side_by_side', 'spread', 'spread_table', 'spread_text', 'seed_spread', 'Leaderboard', 'report',
+           'make_leaderboard', 'next_commands', 'main']
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #98300b68
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #89c1a5a6
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_evaluation(
         predictions = [json.loads(line) for line in f]
     return Evaluated(scores["version"], path, model, used["digest"], scores, metrics, predictions, made, parents)
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #d5d14262
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #82aa3d8c
 def read_evaluations(
     folder: str | Path,  # a folder with one evaluation in each subfolder
 ) -> dict[str, Evaluated]:  # version -> evaluation, in the leaderboard's order
@@ -107,14 +108,21 @@ def same_protocol(
     found: list[Evaluated],  # evaluations that are to be compared
 ) -> None:
     "Refuse evaluations that were made under different conditions."
-    first = found[0]
     for e in found[1:]:
-        ours, theirs = first.scores["protocol"], e.scores["protocol"]
-        for key in ours:
-            if ours[key] != theirs.get(key):
-                raise EvaluationError(f"{e.version} was evaluated with {key} = {theirs.get(key)!r}, "
-                                      f"{first.version} with {ours[key]!r}: their figures cannot be compared; "
-                                      "evaluate them again with the same parameters")
+        alike(e.version, e.scores["protocol"], found[0].version, found[0].scores["protocol"])
+
+
+def alike(
+    one: str,  # a version
+    its: dict[str, Any],  # how it was evaluated
+    other: str,  # another
+    others: dict[str, Any],  # how that was
+) -> None:
+    "Refuse two versions that were asked other questions, in other words, or answered in another way."
+    for key in {**others, **its}:
+        if its.get(key) != others.get(key):
+            raise EvaluationError(f"{one} was evaluated with {key} = {its.get(key)!r}, {other} with {others.get(key)!r}: their figures cannot be "
+                                  "compared; evaluate them again with the same parameters, or make a scorecard of both")
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #2117d735
 def tiny_version(
@@ -261,7 +269,7 @@ def with_costs(
         return {**{k: e.metrics.get(k) if e else None for k in COSTS}, "seconds": e.made.get("seconds") if e else None}
     return [r | costs(versions.get(r["version"])) for r in rows]
 
-# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #b9c6c9a9
+# %% ../../nbs/3_evaluation/33_leaderboard.ipynb #71ae1407
 def cell(
     value: float | None,  # a figure
     digits: int = 3,  # decimals
@@ -275,12 +283,12 @@ def cell(
     return text if around is None or around[0] is None else f"{text} ({around[0]:.{digits}f} to {around[1]:.{digits}f})"
 
 def markdown(
-    head: list[str],  # the columns' names
-    rows: list[list[str]],  # the cells
+    head: Sequence[str],  # the columns' names
+    rows: Sequence[Sequence[Any]],  # the cells
     words: int = 1,  # how many columns, from the left, hold words; the others hold figures and are right-aligned
 ) -> str:  # a Markdown table
     "A Markdown table."
-    lines = ["| " + " | ".join(r) + " |" for r in (head, *rows)]
+    lines = ["| " + " | ".join(map(str, r)) + " |" for r in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * words + "---:|" * (len(head) - words), *lines[1:]]) + "\n"
 
 # %% ../../nbs/3_evaluation/33_leaderboard.ipynb #190a72e0

@@ -9,7 +9,7 @@ __all__ = ['Kind', 'PYRIT', 'FACTS', 'LABELLED', 'QUESTIONS', 'REFUSING', 'WARNI
            'choose_strength', 'learnt', 'offline_judge', 'judge_offline', 'offline_agreement', 'endpoint_agreement',
            'judge_by', 'preference', 'endpoint_preference', 'people_agreement', 'in_table', 'main']
 
-# %% ../../nbs/3_evaluation/30h_offline.ipynb #506ef719
+# %% ../../nbs/3_evaluation/30h_offline.ipynb #81fcd327
 import csv
 import json
 import math
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..artifacts import source
 from .agreement import kappa_of
 from .judges import MATERIAL, Agreement, Endpoint, Verdict, agreement, ask_judge, compare, standing
+from .leaderboard import cell, markdown
 from .metrics import EvaluationError, interval
 from ..reading import read_jsonl
 
@@ -426,16 +427,14 @@ def people_agreement(
             tables[n, int(r.scores[i] >= 0.5), int(r.scores[j] >= 0.5)] += 1
     return {"rows": len(rows), "kappa": float(kappa_of(tables, np.arange(2)).mean())}
 
-# %% ../../nbs/3_evaluation/30h_offline.ipynb #3fa24fb7
+# %% ../../nbs/3_evaluation/30h_offline.ipynb #8276d1c6
 def in_table(
     found: dict[str, Agreement],  # question -> agreement with people
 ) -> str:  # Markdown
     "How well a judge agrees with people, and what it may do."
-    def span(value: float, ends: tuple[float, float]) -> str:
-        return f"{value:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
-    lines = [f"| {k} | {a.rows} | {a.missing} | {span(a.kappa, a.kappa_interval)} | {span(a.accuracy, a.accuracy_interval)} | {a.majority:.2f} | {standing(a)} |"
-             for k, a in found.items()]
-    return "\n".join(["| question | rows | no verdict | kappa | accuracy | always the commoner | the judge |", "|---|---:|---:|---:|---:|---:|---|", *lines])
+    head = ("question", "the judge", "rows", "no verdict", "kappa", "accuracy", "always the commoner")
+    return markdown(head, [(k, standing(a), a.rows, a.missing, cell(a.kappa, 2, a.kappa_interval), cell(a.accuracy, 2, a.accuracy_interval), cell(a.majority, 2))
+                           for k, a in found.items()], words=2)
 
 # %% ../../nbs/3_evaluation/30h_offline.ipynb #f1bdf3b7
 def main(

@@ -7,7 +7,7 @@ __all__ = ['Row', 'VOLATILE_FILES', 'SCORERS', 'evaluation_path', 'evaluated_row
            'general_texts', 'alone', 'graded', 'worst', 'by_ragas', 'spoilt', 'general', 'policy', 'bias',
            'ScorecardParams', 'Scorecard', 'trusted', 'make_scorecard', 'Scores', 'read_scores']
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #4accb6cb
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #bb5e00bc
 import json
 import math
 import time
@@ -29,7 +29,7 @@ from .offline import Kind, endpoint_agreement, offline_agreement
 from .probes import (
     Version, bbq, bbq_summary, kept, red_team, rates, robustness, robustness_summary, safety, stereoset, stereoset_summary, sum_logprobs)
 from .ragas_scores import METRICS, RagasParams, ragas_scores
-from .texts import calibration, latency, machine_cost, score_texts
+from .texts import Encode, calibration, latency, machine_cost, score_texts
 from ..models import encode_completion, generate
 from ..project import relative_path, resolve_path, seed_everything, stage_params
 from ..reading import read_rows, write_jsonl
@@ -66,10 +66,10 @@ def score_row(
     "One row of a scorecard."
     return {"suite": suite, "id": id, "kind": kind, "scores": {k: None if v is None else float(v) for k, v in scores.items()}}
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #58705e2b
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #30820353
 def text_encoder(
     ref: str,  # a sentence-transformers folder, `package:NAME/PATH` or Hub id; "" for none
-) -> Callable[[list[str]], Any] | None:  # texts -> vectors
+) -> Encode | None:  # texts -> vectors
     "The model that says how alike two texts are."
     if not ref:
         return None
@@ -80,10 +80,11 @@ def text_encoder(
 
 def answers(
     told: Evaluated,  # the version's evaluation
-    cfg: "ScorecardParams",  # the encoder, seed and resamples
+    encode: Encode | None,  # says how alike two texts are
+    cfg: "ScorecardParams",  # seed and resamples
 ) -> tuple[list[Row], dict[str, Any]]:  # rows, and their summary with calibration
     "Text metrics of the answers, and whether the version is as sure of them as it is right."
-    scored, summary = score_texts(told.predictions, text_encoder(cfg.similarity), cfg.seed, cfg.resamples)
+    scored, summary = score_texts(told.predictions, encode, cfg.seed, cfg.resamples)
     rows = [score_row("answers", p["id"], "", f1=p["f1"], exact_match=p["exact_match"], **{k: v for k, v in s.items() if k != "id"}, probability=p["probability"])
             for p, s in zip(told.predictions, scored, strict=True)]
     said = [(p["probability"], p["exact_match"]) for p in told.predictions if p["probability"] is not None]
@@ -102,15 +103,16 @@ def general_texts(
     size = sum(len(t.encode()) for t in texts)
     return {"bits_per_byte": -sum(total for total, _ in found) / math.log(2) / size, "bytes": size}
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #9cd741a2
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #560a5b26
 def alone(
     version: Version,  # who is asked
     told: Evaluated,  # its evaluation: how long an answer may be
+    asked: list[dict[str, Any]],  # of `evaluated_rows`
     cfg: "ScorecardParams",  # how many questions, and the machine's price
 ) -> tuple[list[Row], dict[str, float]]:  # rows with `seconds`; answer_seconds (mean, and _p50 and so on), answer_tokens_per_second, cost_per_1000_answers
     "Ask questions one by one, by the clock."
     model, tokenizer = version.open()
-    asked = evaluated_rows(told)[:cfg.timed]
+    asked = asked[:cfg.timed]
     seconds, tokens = [], []
     for r in [asked[0], *asked]:
         began = time.perf_counter()
@@ -125,18 +127,17 @@ def alone(
     rows = [score_row("latency", r["id"], "", seconds=s) for r, s in zip(asked, seconds[1:], strict=True)]
     return rows, {k: v for k, v in named.items() if v is not None}
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #820b0c98
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #e9b8bf4b
 def graded(
-    told: Evaluated,  # an evaluation
-    cfg: "ScorecardParams",  # the judge, and how many answers
+    said: list[dict[str, Any]],  # questions with what was answered
+    cfg: "ScorecardParams",  # the judge
 ) -> tuple[list[Row], dict[str, Any]]:  # rows, and their mean with what is missing and why
-    "Have a judge grade the first answers. A grade that did not come is `None`."
-    asked = [r | p for r, p in zip(evaluated_rows(told), told.predictions, strict=True)][:cfg.judged]
-    said = grade(cfg.endpoint(), asked)
-    grades = [float(v.value) for v in said if v.value is not None]
+    "Have a judge grade answers. A grade that did not come is `None`."
+    found = grade(cfg.endpoint(), said)
+    grades = [float(v.value) for v in found if v.value is not None]
     ends = interval(grades, cfg.seed, cfg.resamples) if grades else (None, None, None)
-    return [score_row("judge", r["id"], "", grade=v.value) for r, v in zip(asked, said, strict=True)], {
-        "grade": dict(zip(("mean", "low", "high"), ends, strict=True)) | {"rows": len(said), "missing": len(said) - len(grades), "reasons": reasons(said)}}
+    return [score_row("judge", r["id"], "", grade=v.value) for r, v in zip(said, found, strict=True)], {
+        "grade": dict(zip(("mean", "low", "high"), ends, strict=True)) | {"rows": len(found), "missing": len(found) - len(grades), "reasons": reasons(found)}}
 
 
 def worst(
@@ -147,25 +148,26 @@ def worst(
 
 
 def by_ragas(
-    told: Evaluated,  # an evaluation
+    said: list[dict[str, Any]],  # questions with what was answered
+    encode: Encode | None,  # an embedding model
     cfg: "ScorecardParams",  # which metrics, and the judge
 ) -> tuple[list[Row], dict[str, Any]]:  # rows, and a summary for each metric
-    "Score the first answers with ragas: the passage is what was found."
+    "Score answers with ragas: the passage is what was found."
     how = RagasParams(metrics=cfg.ragas, judge_url=cfg.judge_url, judge_model=cfg.judge_model, judge_env=cfg.judge_env, embedding_model=cfg.embedding_model,
                       repeats=cfg.repeats, resamples=cfg.resamples, seed=cfg.seed)
-    asked = [p | {"contexts": [r["passage"]]} for r, p in zip(evaluated_rows(told), told.predictions, strict=True)][:cfg.judged]
-    found = ragas_scores(asked, how, text_encoder(cfg.similarity))
+    found = ragas_scores([r | {"contexts": [r["passage"]]} for r in said], how, encode)
     return [score_row("ragas", r["id"], "", **{m: r[m] for m in cfg.ragas}) for r in found.rows], found.summary
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #ab012cc5
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #26199719
 def spoilt(
     version: Version,  # who is asked
     told: Evaluated,  # its evaluation
+    asked: list[dict[str, Any]],  # of `evaluated_rows`
     cfg: "ScorecardParams",  # how many questions
 ) -> tuple[list[Row], dict[str, Any]]:  # rows, and what spoiling costs
     "The first questions of the evaluation, spoilt in six ways. A question is one row: its F1 in each way, and their mean."
     known = {p["id"]: p["prediction"] for p in told.predictions}
-    scored = robustness(version, evaluated_rows(told)[:cfg.robust_questions], told.scores["protocol"]["max_new_tokens"], told.scores["refusal"], cfg.seed, known)
+    scored = robustness(version, asked[:cfg.robust_questions], told.scores["protocol"]["max_new_tokens"], told.scores["refusal"], cfg.seed, known)
     found: dict[str, dict[str, float]] = {}
     for r in scored:
         if r["perturbation"] != "clean":
@@ -210,7 +212,7 @@ def bias(
     rows += [score_row("bias", r["id"], f"stereoset {r['kind']}", stereotyped=r["stereotyped"], meaningful=r["meaningful"]) for r in sentences]
     return rows, {"bbq": bbq_summary(scenes, cfg.seed, cfg.resamples), "stereoset": stereoset_summary(sentences, cfg.seed, cfg.resamples)}
 
-# %% ../../nbs/3_evaluation/35_scorecard.ipynb #fd9a8d17
+# %% ../../nbs/3_evaluation/35_scorecard.ipynb #68a40518
 @stage_params
 class ScorecardParams:
     "What the scorecard may be told."
@@ -287,15 +289,15 @@ def make_scorecard(
     "Ask a version everything; the entry point of the stage."
     seed_everything(cfg.seed)
     told = read_evaluation(evaluation_path(cfg.evaluation))
-    used = read_manifest(told.path)["inputs"]["model"]["ref"]
-    version = Version(used if not resolve_path(used).exists() else str(resolve_path(used)), cfg.batch_size)
-    suites: dict[str, Callable[[], tuple[list[Row], dict[str, Any]]]] = {"answers": lambda: answers(told, cfg)}
+    version, encode, asked = Version(str(told.model), cfg.batch_size), text_encoder(cfg.similarity), evaluated_rows(told)
+    said = [r | p for r, p in zip(asked, told.predictions, strict=True)][:cfg.judged]
+    suites: dict[str, Callable[[], tuple[list[Row], dict[str, Any]]]] = {"answers": lambda: answers(told, encode, cfg)}
     if cfg.judge_url:
-        suites["judge"] = lambda: graded(told, cfg)
+        suites["judge"] = lambda: graded(said, cfg)
     if cfg.ragas:
-        suites["ragas"] = lambda: by_ragas(told, cfg)
+        suites["ragas"] = lambda: by_ragas(said, encode, cfg)
     if cfg.robust_questions:
-        suites["robustness"] = lambda: spoilt(version, told, cfg)
+        suites["robustness"] = lambda: spoilt(version, told, asked, cfg)
     if cfg.tasks:
         suites["general"] = lambda: general(version, cfg)
     if cfg.requests:
@@ -319,7 +321,7 @@ def make_scorecard(
         card["protocol"] = told.scores["protocol"] | {k: getattr(cfg, k) for k in settings} | {"packages": {p: metadata.version(p) for p in SCORERS}}
         write_jsonl(work / "scores.jsonl", rows)
         (work / "scorecard.json").write_text(json.dumps(card, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        timed, times = alone(version, told, cfg)
+        timed, times = alone(version, told, asked, cfg)
         write_jsonl(work / "times.jsonl", timed)
         run.summary(times | {k: v for k, v in card["figures"].items() if v is not None})
     return Scorecard(work, {"evaluation": told.path}, rows, card, {**run.metrics, **times, **{f"{k}_suite_seconds": v for k, v in seconds.items()}})
