@@ -1,17 +1,16 @@
-# Everything is one command away: git, Python 3.11+ and make are all that has to be there.
+# Everything is one command away: git, make and Python 3.11 to 3.13 are all that has to be there.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 GPTQ ?= runs/qlora-merged-base-gptq
 PORT ?= 8000
 AGQ := .venv-auto-gptq
-# The Hub and telemetry are asked for nothing; pins hold inside pip's build environments too.
+# The Hub and telemetry are asked for nothing.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DVC_NO_ANALYTICS := 1
 export TOKENIZERS_PARALLELISM := false
 export GPTQMODEL_CPU_WORKERS ?= 2
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run rag gate people test check lab docs serve interop lock results seeds browser clean
@@ -21,13 +20,12 @@ help:  ## show this list
 
 setup: $(READY)  ## create .venv and install what the lock files pin
 
-$(READY): requirements/lock.txt requirements/carriers.txt setup.py settings.ini
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmops needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(CURDIR)/requirements/lock.txt $(BIN)/python -m pip install --progress-bar off -r requirements/lock.txt
-	$(BIN)/python -m pip install --progress-bar off --no-deps -r requirements/carriers.txt
-	$(BIN)/python -m pip install --progress-bar off --no-deps --no-build-isolation -e .
-	@touch $@
+# A failed set-up leaves failed.txt, so that the last line is what to do and not the number of an error.
+$(VENV)/.installed: requirements/lock.txt requirements/carriers.txt requirements/install.py setup.py settings.ini
+	@$(PYTHON) requirements/install.py main || test -f $(VENV)/failed.txt
+
+$(READY): $(VENV)/.installed
+	@$(if $(shell cat $(VENV)/failed.txt 2>/dev/null),$(error $(shell cat $(VENV)/failed.txt)))touch $@
 
 run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
@@ -67,11 +65,11 @@ docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
 interop: $(READY) $(AGQ)/.ready  ## does AutoGPTQ 0.7.1 read our checkpoint? GPTQ=runs/...
 	python tests/interop_auto_gptq.py $(GPTQ) --python $(AGQ)/bin/python
 
-$(AGQ)/.ready: requirements/auto-gptq.txt
-	$(PYTHON) -m venv --clear $(AGQ)
-	grep -v '^auto_gptq' $< | $(AGQ)/bin/python -m pip install --progress-bar off -r /dev/stdin
-	BUILD_CUDA_EXT=0 $(AGQ)/bin/python -m pip install --progress-bar off --no-build-isolation -r $<
-	@touch $@
+$(AGQ)/.installed: requirements/auto-gptq.txt requirements/install.py
+	@$(PYTHON) requirements/install.py auto-gptq || test -f $(AGQ)/failed.txt
+
+$(AGQ)/.ready: $(AGQ)/.installed
+	@$(if $(shell cat $(AGQ)/failed.txt 2>/dev/null),$(error $(shell cat $(AGQ)/failed.txt)))touch $@
 
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)
