@@ -29,38 +29,38 @@ $(READY): $(VENV)/.installed
 
 run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
-	python -m llmops.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro leaderboard serving'  # the first tuned row comes first
-	@python -m llmops.evaluation.leaderboard show
+	python -m llmops.tools.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro leaderboard serving'  # the first tuned row comes first
+	@python -m llmops.decision.leaderboard show
 
 rag: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 rag: $(READY)  ## index two corpora, tune on found passages, and answer with evidence
-	python -m llmops.warm dvc repro answering retrieval-bank
-	@python -m llmops.adaptation.answering runs/answering
+	python -m llmops.tools.warm dvc repro answering retrieval-bank
+	@python -m llmops.retrieval.answering runs/answering
 
 gate: $(READY)  ## may the new version replace the one in service? ship, hold or reject
 	dvc repro gate
-	@python -m llmops.evaluation.gate runs/gate
+	@python -m llmops.decision.gate runs/gate
 
 people: $(READY)  ## have people rate answers in the browser; prints a link for each rater
-	papermill --engine llmops nbs/3_evaluation/31_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
-	python -m llmops.evaluation.human serve runs/human
+	papermill --engine llmops nbs/05_judging/07_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
+	python -m llmops.judging.human serve runs/human
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
-	python -m llmops.notebooks check
+	python -m llmops.tools.notebooks check
 	ruff check llmops tests
 	mypy
 	nbdev_test --n_workers 2
-	python -m llmops.site build
-	python -m llmops.site check
+	python -m llmops.tools.site build
+	python -m llmops.tools.site check
 	python -m pytest -q tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=.
 
 docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
-	python -m llmops.site build
-	python -m llmops.site check
-	python -m llmops.site serve
+	python -m llmops.tools.site build
+	python -m llmops.tools.site check
+	python -m llmops.tools.site serve
 
 interop: $(READY) $(AGQ)/.ready  ## does AutoGPTQ 0.7.1 read our checkpoint? GPTQ=runs/...
 	python tests/interop_auto_gptq.py $(GPTQ) --python $(AGQ)/bin/python
@@ -75,16 +75,16 @@ serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	python -m llmops.deployment.serving runs/serving --port $(PORT)
 
 seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (half an hour)
-	python -m llmops.warm dvc repro params/seeds/dvc.yaml
-	python -m llmops.evaluation.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
+	python -m llmops.tools.warm dvc repro params/seeds/dvc.yaml
+	python -m llmops.decision.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 
 results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site
-	python -m llmops.notebooks carry
+	python -m llmops.tools.notebooks carry
 	mkdir -p nbs/results
 	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
 	@test ! -f runs/seeds/spread.md || for f in md json; do cp runs/seeds/spread.$$f nbs/results/seeds.$$f; done
-	@test ! -f runs/answering/scores.json || python -m llmops.adaptation.answering report nbs/results/rag.md
-	python -m llmops.site readme
+	@test ! -f runs/answering/scores.json || python -m llmops.retrieval.answering report nbs/results/rag.md
+	python -m llmops.tools.site readme
 
 browser:  # the browser that the tests drive
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \

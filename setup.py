@@ -26,9 +26,9 @@ setup(
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
-        "jupyter_client.kernel_provisioners": ["llmops-warm=llmops.warm:WarmProvisioner"],
-        "papermill.engine": ["llmops=llmops.batch:LibraryEngine"],
-        "papermill.io": ["params=llmops.batch:ParamFiles"],
+        "jupyter_client.kernel_provisioners": ["llmops-warm=llmops.tools.warm:WarmProvisioner"],
+        "papermill.engine": ["llmops=llmops.tools.batch:LibraryEngine"],
+        "papermill.io": ["params=llmops.tools.batch:ParamFiles"],
     },
     zip_safe=False,
 )

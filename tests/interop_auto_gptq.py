@@ -17,7 +17,7 @@ LIMIT = 0.01  # largest relative difference between the two perplexities
 
 def ours(model: str, texts: list[str], max_length: int) -> float:
     "Perplexity through llmops and GPTQModel's kernels, in float32."
-    from llmops.models import load, perplexity
+    from llmops.foundation.models import load, perplexity
     loaded, tokenizer = load(model, dtype="float32")
     return perplexity(loaded, tokenizer, texts, max_length=max_length, progress=False)
 
@@ -68,8 +68,8 @@ def main() -> None:
     if args.theirs:
         print("perplexity", theirs(args.model, json.load(sys.stdin), args.max_length))
         return
-    from llmops.datasets import read_split
-    from llmops.project import resolve_path
+    from llmops.foundation.datasets import read_split
+    from llmops.foundation.project import resolve_path
     model = str(resolve_path(args.model))
     texts = [row["text"] for row in read_split(args.data, "general_test")[: args.texts]]
     command = [str(resolve_path(args.python)), os.path.abspath(__file__), model, "--max-length", str(args.max_length), "--theirs"]

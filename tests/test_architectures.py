@@ -6,11 +6,11 @@ import pytest
 from safetensors.torch import load_file
 
 from llmops.adaptation.finetuning import FinetuningParams, finetune
-from llmops.artifacts import lineage, seal, verify
-from llmops.datasets import read_split
-from llmops.deployment.merging import MergingParams, merge, place
-from llmops.deployment.quantization import QuantizationParams, quantize
-from llmops.models import generate, load, model_kind, size_mb
+from llmops.foundation.artifacts import lineage, seal, verify
+from llmops.foundation.datasets import read_split
+from llmops.compression.merging import MergingParams, merge, place
+from llmops.compression.quantization import QuantizationParams, quantize
+from llmops.foundation.models import generate, load, model_kind, size_mb
 
 MODULES = {"falcon": 4}  # linear modules of a layer; the others have seven
 
@@ -33,7 +33,7 @@ def test_whole_recipe(arch: str, tmp_path: Path) -> None:
     for method in ("base", "dequantized"):
         into = MergingParams(adapter=cfg.out, method=method, check_rows=2, out=str(tmp_path / method), wandb="disabled")
         merged[method] = merge(into)
-        seal(merged[method].work, into.out, "model", "llmops.deployment.merging", into, merged[method].inputs)
+        seal(merged[method].work, into.out, "model", "llmops.compression.merging", into, merged[method].inputs)
         assert model_kind(into.out) == "model"
         answers[method] = generate(*load(into.out), prompts, max_new_tokens=4, progress=False)
     ratio = json.loads((tmp_path / "base" / "ratio.json").read_text())["rows"]
@@ -50,7 +50,7 @@ def test_whole_recipe(arch: str, tmp_path: Path) -> None:
     q = QuantizationParams(model=str(tmp_path / "dequantized"), method="gptq", group_size=32, task_rows=4, general_rows=2,
                            max_tokens=256, compensate_steps=0, check_rows=2, out=str(tmp_path / "gptq"), wandb="disabled")
     done = quantize(q)
-    seal(done.work, q.out, "gptq", "llmops.deployment.quantization", q, done.inputs)
+    seal(done.work, q.out, "gptq", "llmops.compression.quantization", q, done.inputs)
     assert model_kind(q.out) == "gptq" and size_mb(q.out) < size_mb(q.model)
     answers["gptq"] = generate(*load(q.out), prompts, max_new_tokens=4, progress=False)
 

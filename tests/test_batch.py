@@ -203,7 +203,7 @@ def test_parameters_that_are_not_yaml_name_the_line(tmp_path):
 def test_outputs_are_carried_home(tmp_path):
     project(tmp_path, *STAGE, "import sys; print('a warning', file=sys.stderr)")
     assert papermill(tmp_path, "-p", "rank", "6").returncode == 0
-    carry = [sys.executable, "-m", "llmops.notebooks", "carry"]
+    carry = [sys.executable, "-m", "llmops.tools.notebooks", "carry"]
     said = subprocess.run(carry, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert said == "stage.ipynb: 3 cells from x\n"
     nb = nbformat.read(tmp_path / "nbs" / "stage.ipynb", 4)
@@ -217,5 +217,5 @@ def test_outputs_are_carried_home(tmp_path):
 
 def test_the_projects_own_notebooks_are_in_order():
     root = Path(__file__).parents[1]
-    checked = subprocess.run([sys.executable, "-m", "llmops.notebooks", "check"], cwd=root, capture_output=True, text=True)
+    checked = subprocess.run([sys.executable, "-m", "llmops.tools.notebooks", "check"], cwd=root, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout

@@ -12,7 +12,7 @@ from conftest import copy_env, copy_project
 
 
 def site_command(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "llmops.site", *words], cwd=project, env=copy_env(project), capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "llmops.tools.site", *words], cwd=project, env=copy_env(project), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(project: Path) -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-m", "llmops.site", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "llmops.tools.site", "serve", "--port", str(port)]
     with served(command, f"http://127.0.0.1:{port}/", project, copy_env(project)) as url:
         yield url
 
@@ -42,11 +42,11 @@ def test_no_broken_link(project: Path) -> None:
 def test_a_broken_link_is_named(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project / "_docs", tmp_path / "_docs")
     (tmp_path / "settings.ini").touch()
-    page = tmp_path / "_docs/0_foundation/project.html"
+    page = tmp_path / "_docs/00_foundation/project.html"
     page.write_text(page.read_text().replace("</main>", '<a href="nowhere.html#x">x</a></main>', 1))
-    done = subprocess.run([sys.executable, "-m", "llmops.site", "check"], cwd=tmp_path, env=copy_env(project), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "llmops.tools.site", "check"], cwd=tmp_path, env=copy_env(project), capture_output=True, text=True)
     assert done.returncode == 1
-    assert "0_foundation/project.html: nowhere.html#x: no such file" in done.stderr
+    assert "00_foundation/project.html: nowhere.html#x: no such file" in done.stderr
 
 
 def test_readme_is_in_step(project: Path) -> None:
@@ -77,7 +77,7 @@ def test_quarto_is_used_when_it_is_there(project: Path, tmp_path: Path) -> None:
     quarto.write_text('#!/bin/sh\ntest -f _quarto.yml -a -f sidebar.yml -a "$1" = render || exit 3\nmkdir -p _docs\n')
     quarto.chmod(0o755)
     shutil.copytree(project / "_proc", tmp_path / "_proc")
-    code = "from pathlib import Path; from llmops.site import render; print(render(Path('_proc').resolve()))"
+    code = "from pathlib import Path; from llmops.tools.site import render; print(render(Path('_proc').resolve()))"
     env = copy_env(project)
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     def render() -> subprocess.CompletedProcess[str]:
@@ -96,7 +96,7 @@ def test_reading(url: str) -> None:
         for section in ("Foundation", "Adaptation", "Evaluation", "Deployment"):
             assert side.get_by_text(section, exact=True).is_visible(), section
         side.get_by_role("link", name="Artifacts", exact=True).click()
-        page.wait_for_url("**/0_foundation/artifacts.html")
+        page.wait_for_url("**/00_foundation/artifacts.html")
         assert page.get_by_role("heading", name="Artifacts", exact=True).is_visible()
         reference = page.locator("pre", has_text="def file_digest(").first
         assert "# hexadecimal sha256 of its bytes" in reference.inner_text()

@@ -8,7 +8,7 @@ from browsing import browser_page, free_port, served
 from conftest import ROOT, copy_env, copy_project
 from playwright.sync_api import Page
 
-NOTEBOOK = "nbs/2_adaptation/22_finetuning.ipynb"
+NOTEBOOK = "nbs/02_adaptation/01_finetuning.ipynb"
 CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').map(c => ({
     source: c.model.sharedModel.getSource(), count: c.model.executionCount,
     errors: c.model.outputs.toJSON().filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)}))"""

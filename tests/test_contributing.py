@@ -31,9 +31,9 @@ def test_add_a_stage(project: Path) -> None:
     assert (project / "llmops/evaluation/lengths.py").is_file()
     assert (project / "runs/lengths/notebook.ipynb").is_file()
 
-    done = run("papermill", "--engine", "llmops", "nbs/3_evaluation/39_lengths.ipynb", "runs/wrong/notebook.ipynb", "-p", "dta", "x")
+    done = run("papermill", "--engine", "llmops", "nbs/04_evaluation/39_lengths.ipynb", "runs/wrong/notebook.ipynb", "-p", "dta", "x")
     assert done.returncode != 0 and "dta" in done.stderr
 
-    done = run(sys.executable, "-m", "llmops.site", "build")
+    done = run(sys.executable, "-m", "llmops.tools.site", "build")
     assert done.returncode == 0, done.stderr
     assert "Answer lengths" in (project / "_docs/index.html").read_text()

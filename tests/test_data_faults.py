@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from llmops.artifacts import ArtifactError, verify
-from llmops.curation import normalize
-from llmops.datasets import DataParams, make_dataset, read_split
-from llmops.project import ParamError, project_root
-from llmops.reading import DataError
+from llmops.foundation.artifacts import ArtifactError, verify
+from llmops.foundation.curation import normalize
+from llmops.foundation.datasets import DataParams, make_dataset, read_split
+from llmops.foundation.project import ParamError, project_root
+from llmops.foundation.reading import DataError
 
 SMALL = {"limit": 60, "test": 0.25, "valid": 0.15, "general_train": 24, "general_test": 8, "wandb": "disabled"}
 GOOD = {"passage": "Ann lives in Oslo.", "question": "Where does Ann live?", "answer": "Oslo"}
-NOTEBOOK = "nbs/0_foundation/04_datasets.ipynb"
+NOTEBOOK = "nbs/00_foundation/12_datasets.ipynb"
 
 
 def lines(*rows) -> str:
@@ -160,14 +160,14 @@ def test_no_passage_in_two_splits_and_stable_under_added_rows(tmp_path: Path) ->
 
 
 def test_same_parameters_same_digest() -> None:
-    from llmops.datasets import dataset_path
+    from llmops.foundation.datasets import dataset_path
     path = dataset_path("tiny:data")
     assert len(verify(path)) == 64 and len({r["id"] for s in ("train", "valid", "test") for r in read_split(path, s)}) == 60
 
 
 def run(out: Path, *more: str, **kwargs) -> subprocess.CompletedProcess:
     "The stage as a batch run, in a process of its own."
-    code = ("import sys; from llmops.datasets import *; cfg = DataParams(limit=60, test=0.25, valid=0.15, general_train=24, "
+    code = ("import sys; from llmops.foundation.datasets import *; cfg = DataParams(limit=60, test=0.25, valid=0.15, general_train=24, "
             "general_test=8, wandb='disabled', out=sys.argv[1]); make_dataset(cfg)")
     return subprocess.run([sys.executable, "-c", code, str(out)], cwd=project_root(), capture_output=True, text=True, timeout=120, **kwargs)
 
@@ -218,7 +218,7 @@ def test_batch_run_fails_with_the_row(tmp_path: Path) -> None:
 
 def test_no_space_for_a_merge(tmp_path: Path) -> None:
     "Weights are written by safetensors, which has an error of its own for a full disk."
-    code = ("import resource, signal, sys; from llmops.deployment.merging import *; from llmops.datasets import tiny_data; "
+    code = ("import resource, signal, sys; from llmops.compression.merging import *; from llmops.foundation.datasets import tiny_data; "
             "tiny_adapter(); tiny_data(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); merge(MergingParams(out=sys.argv[1]))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=project_root(), capture_output=True, text=True, timeout=180)

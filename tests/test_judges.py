@@ -12,9 +12,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from llmops.evaluation.judges import Endpoint, ask_judge, compare, grade, position_bias, reasons, win_scores
+from llmops.judging.judges import Endpoint, ask_judge, compare, grade, position_bias, reasons, win_scores
 from llmops.evaluation.metrics import EvaluationError
-from llmops.evaluation.offline import judge_by
+from llmops.judging.offline import judge_by
 
 Script = Callable[[dict[str, Any], int], Any]  # body and number of the request -> verdict, text, (status, body), or a response
 ROWS = [{"question": f"What is {n} and {n}?", "passage": "Sums.", "gold": str(2 * n)} for n in range(6)]
@@ -43,7 +43,7 @@ class Scripted:
 @contextmanager
 def judging(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Scripted]:
     "Run a scripted judge on a free port; its verdicts are kept in a cache of its own."
-    monkeypatch.setattr("llmops.cache.resolve_path", lambda path: tmp_path / path)
+    monkeypatch.setattr("llmops.foundation.cache.resolve_path", lambda path: tmp_path / path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     app, lock = FastAPI(), threading.Lock()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmops import models
-from llmops.artifacts import EMBEDDED_MODEL, ArtifactError, begin, seal
-from llmops.project import ParamError
+from llmops.foundation.artifacts import EMBEDDED_MODEL, ArtifactError, begin, seal
+from llmops.foundation.project import ParamError
 
 ASK = [[{"role": "user", "content": q}] for q in ("Who wrote Hamlet?", "Name the capital of France, in one word.")]
 
@@ -84,7 +84,7 @@ def test_adapter_whose_weights_lack_the_base_layers(tmp_path: Path) -> None:
 def test_adapter_whose_base_has_changed(tmp_path: Path) -> None:
     base = Path(shutil.copytree(models.tiny("llama"), tmp_path / "base"))
     work = adapter(begin(tmp_path / "tuned"), str(base))
-    seal(work, tmp_path / "tuned", "adapter", "llmops.models", {"seed": 1}, {"model": base})
+    seal(work, tmp_path / "tuned", "adapter", "llmops.foundation.models", {"seed": 1}, {"model": base})
     models.load(tmp_path / "tuned")
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
     with pytest.raises(ArtifactError, match=r"tuned: the adapter was trained on .*base with digest \w+, but .* now"):
@@ -126,7 +126,7 @@ def test_import_leaves_nothing_when_the_disk_is_full(tmp_path: Path, monkeypatch
 
 
 def test_processes_side_by_side_build_one_tiny_model(tmp_path: Path) -> None:
-    code = f"from llmops.models import tiny; tiny('llama', {str(tmp_path / 'llama')!r})"
+    code = f"from llmops.foundation.models import tiny; tiny('llama', {str(tmp_path / 'llama')!r})"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [p.wait() for p in running] == [0, 0]
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
@@ -138,7 +138,7 @@ def test_the_embedded_model_comes_out_of_its_gguf_whole(tmp_path: Path) -> None:
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
 
-    from llmops.artifacts import source
+    from llmops.foundation.artifacts import source
     made = models.import_model(models.ModelParams(model=EMBEDDED_MODEL, out=str(tmp_path / "base")))
     tensors = {t.name: t for t in GGUFReader(str(source(EMBEDDED_MODEL))).tensors}
     with safe_open(made.work / "model.safetensors", "np") as saved:

@@ -14,13 +14,13 @@ from conftest import ROOT
 
 
 def tiny_retrieval() -> str:
-    from llmops.adaptation.retrieval import retrieval_path
+    from llmops.retrieval.retrieval import retrieval_path
     return str(retrieval_path("tiny:retrieval"))
 
 
 def tiny_case() -> str:
-    from llmops.evaluation.gate import remember
-    from llmops.evaluation.leaderboard import read_evaluation, tiny_evaluations
+    from llmops.decision.gate import remember
+    from llmops.decision.leaderboard import read_evaluation, tiny_evaluations
     made, file = tiny_evaluations() / "qlora", ROOT / "runs/.tiny/cases.jsonl"
     if not file.is_file():
         remember(made, read_evaluation(made).predictions[0]["id"], "a tiny model knows nothing", file)
@@ -28,23 +28,23 @@ def tiny_case() -> str:
 
 
 STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> module, dataclass, entry point, parameters
-    "0_foundation/03_models": ("models", "ModelParams", "import_model", {}),
-    "0_foundation/04_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
-    "2_adaptation/21_retrieval": ("adaptation.retrieval", "RetrievalParams", "retrieve",
+    "00_foundation/08_models": ("models", "ModelParams", "import_model", {}),
+    "00_foundation/12_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
+    "03_retrieval/08_retrieval": ("adaptation.retrieval", "RetrievalParams", "retrieve",
                                   {"text_field": "passage", "limit": 60, "data": "tiny:data", "timed_queries": 2, "resamples": 100}),
-    "2_adaptation/22_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {"retrieved": tiny_retrieval}),
-    "2_adaptation/25_answering": ("adaptation.answering", "AnsweringParams", "answer_all",
+    "02_adaptation/01_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {"retrieved": tiny_retrieval}),
+    "03_retrieval/09_answering": ("adaptation.answering", "AnsweringParams", "answer_all",
                                   {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100}),
-    "3_evaluation/30_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
-    "3_evaluation/31_human": ("evaluation.human", "HumanParams", "make_study", {"grades": 2}),
-    "3_evaluation/32_gate": ("evaluation.gate", "GateParams", "gate", {"cases": tiny_case, "informs": lambda: ["size_mb"], "judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}),
-    "3_evaluation/33_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
-    "3_evaluation/34_benchmarks": ("evaluation.benchmarks", "BenchmarkParams", "make_benchmark", {}),
-    "3_evaluation/35_scorecard": ("evaluation.scorecard", "ScorecardParams", "make_scorecard",
+    "04_evaluation/01_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
+    "05_judging/07_human": ("evaluation.human", "HumanParams", "make_study", {"grades": 2}),
+    "06_decision/03_gate": ("evaluation.gate", "GateParams", "gate", {"cases": tiny_case, "informs": lambda: ["size_mb"], "judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}),
+    "06_decision/04_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
+    "03_retrieval/10_bank": ("evaluation.benchmarks", "BenchmarkParams", "make_benchmark", {}),
+    "04_evaluation/07_scorecard": ("evaluation.scorecard", "ScorecardParams", "make_scorecard",
                                   {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody", "ragas": ["exact_match", "faithfulness"]}),
-    "4_deployment/40_merging": ("deployment.merging", "MergingParams", "merge", {}),
-    "4_deployment/41_quantization": ("deployment.quantization", "QuantizationParams", "quantize", {}),
-    "4_deployment/45_serving": ("deployment.serving", "ServingParams", "serve_winner", {}),
+    "07_compression/01_merging": ("deployment.merging", "MergingParams", "merge", {}),
+    "07_compression/02_quantization": ("deployment.quantization", "QuantizationParams", "quantize", {}),
+    "08_deployment/02_serving": ("deployment.serving", "ServingParams", "serve_winner", {}),
 }
 
 

@@ -14,7 +14,7 @@ VERSIONS = ["refuse-always", "base", "base-nf4", "lora", "qlora", "qlora-merged-
 
 
 def repro(project: Path, *args: str, warm: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*(["python", "-m", "llmops.warm"] if warm else []), "dvc", "repro", *args], cwd=project, env=copy_env(project), capture_output=True, text=True)
+    return subprocess.run([*(["python", "-m", "llmops.tools.warm"] if warm else []), "dvc", "repro", *args], cwd=project, env=copy_env(project), capture_output=True, text=True)
 
 
 def digests(project: Path) -> dict[str, str]:
@@ -67,7 +67,7 @@ def test_nothing_changed_runs_nothing(smoke: Path) -> None:
 
 
 def test_prose_reruns_nothing(smoke: Path) -> None:
-    path = smoke / "nbs" / "2_adaptation" / "22_finetuning.ipynb"
+    path = smoke / "nbs" / "02_adaptation" / "01_finetuning.ipynb"
     notebook = json.loads(path.read_text())
     prose = next(c for c in notebook["cells"] if c["cell_type"] == "markdown")
     prose["source"] = [*prose["source"], "\n\nOne more sentence."]
@@ -100,7 +100,7 @@ def test_two_runs_give_the_same_digests(smoke: Path) -> None:
 
 
 def test_every_artifact_verifies_back_to_the_sources(smoke: Path) -> None:
-    code = ("from llmops.artifacts import lineage, verify; from pathlib import Path\n"
+    code = ("from llmops.foundation.artifacts import lineage, verify; from pathlib import Path\n"
             "[verify(p.parent) for p in Path('runs').rglob('manifest.json') if '.tiny' not in p.parts]\n"
             "rows = lineage('runs/serving'); assert all(r['unchanged'] for r in rows), rows\n"
             "print(sorted({r['ref'] for r in rows}))")

@@ -6,10 +6,10 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from llmops.artifacts import ArtifactError, read_manifest, seal
-from llmops.deployment.quantization import QuantizationParams, check, check_groups, linear_layers, quantize
-from llmops.models import generate, load, model_path
-from llmops.project import ParamError, read_params
+from llmops.foundation.artifacts import ArtifactError, read_manifest, seal
+from llmops.compression.quantization import QuantizationParams, check, check_groups, linear_layers, quantize
+from llmops.foundation.models import generate, load, model_path
+from llmops.foundation.project import ParamError, read_params
 
 SMALL = {"task_rows": 3, "general_rows": 1, "compensate_steps": 1, "compensate_batch": 2, "check_rows": 2}
 
@@ -18,7 +18,7 @@ def made(tmp_path, name="model", **params):
     cfg = QuantizationParams(out=str(tmp_path / name), **(SMALL | params))
     done = quantize(cfg)
     kind = "gptq" if cfg.method == "rtn" else cfg.method
-    return done, seal(done.work, cfg.out, kind, "llmops.deployment.quantization", cfg, done.inputs)
+    return done, seal(done.work, cfg.out, kind, "llmops.compression.quantization", cfg, done.inputs)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "falcon", "qwen", "gemma"])
@@ -31,9 +31,9 @@ def test_gptq_on_every_architecture_reloads_and_answers(arch, tmp_path):
 
 
 def test_same_params_same_bytes_in_another_process(tmp_path):
-    code = ("import sys; from llmops.deployment.quantization import *; from llmops.artifacts import seal\n"
+    code = ("import sys; from llmops.compression.quantization import *; from llmops.foundation.artifacts import seal\n"
             f"cfg = QuantizationParams(out=sys.argv[1], **{SMALL!r}); done = quantize(cfg)\n"
-            "print('digest', seal(done.work, cfg.out, 'gptq', 'llmops.deployment.quantization', cfg, done.inputs)['digest'])")
+            "print('digest', seal(done.work, cfg.out, 'gptq', 'llmops.compression.quantization', cfg, done.inputs)['digest'])")
     digests = {subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], capture_output=True, text=True, check=True)
                .stdout.rpartition("digest ")[2] for i in range(2)}
     assert len(digests) == 1

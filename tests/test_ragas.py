@@ -22,8 +22,8 @@ from conftest import ROOT
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from llmops.evaluation.ragas_scores import METRICS, RagasParams, ragas_scores
-from llmops.project import ParamError
+from llmops.evaluation.ragas import METRICS, RagasParams, ragas_scores
+from llmops.foundation.project import ParamError
 
 JUDGED = [m for m, about in METRICS.items() if about.judge]
 KINDS = {"analyze the complexity of each sentence": "statements", "judge the faithfulness of a series": "verdicts", "Generate a question for the given answer": "question",
@@ -261,7 +261,7 @@ def connect(self, address):
     if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1"): seen.append(address[0])
     return real(self, address)
 socket.socket.connect = connect
-from llmops.evaluation.ragas_scores import RagasParams, ragas_scores
+from llmops.evaluation.ragas import RagasParams, ragas_scores
 row, url = json.loads(sys.argv[1]), sys.argv[2]
 cfg = RagasParams(judge_url=url, judge_model="fixed-rules", embedding_model="fixed-vectors", repeats=1, resamples=199)
 done = ragas_scores([row], cfg)

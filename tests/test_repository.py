@@ -15,7 +15,7 @@ from conftest import ROOT, copy_env, copy_project
 from dvc.repo import Repo
 
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
-STAGES = [p for p in NOTEBOOKS if p.parent.name != "0_foundation"]
+STAGES = [p for p in NOTEBOOKS if p.parent.name != "00_foundation"]
 
 
 def name(path: Path) -> str:

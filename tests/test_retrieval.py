@@ -19,14 +19,14 @@ import pytest
 from llmops.adaptation import answering, retrieval
 from llmops.adaptation import index as indexing
 from llmops.adaptation import search as searching
-from llmops.adaptation.chunking import chunk, embedding_tokenizer
-from llmops.adaptation.embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, Encoder, embed, load_encoder
-from llmops.adaptation.grounding import Passage, cite
-from llmops.adaptation.index import IndexFault, at_one_version, bm25, content_digest, create_index, dense, open_index, put, remove, stored_documents
-from llmops.adaptation.ingestion import Document, IngestError
-from llmops.adaptation.retrieval import RetrievalParams, retrieve
-from llmops.adaptation.search import QueryError, documents_of, search
-from llmops.artifacts import ArtifactError, source
+from llmops.retrieval.chunking import chunk, embedding_tokenizer
+from llmops.retrieval.embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, Encoder, embed, load_encoder
+from llmops.retrieval.grounding import Passage, cite
+from llmops.retrieval.index import IndexFault, at_one_version, bm25, content_digest, create_index, dense, open_index, put, remove, stored_documents
+from llmops.retrieval.ingestion import Document, IngestError
+from llmops.retrieval.retrieval import RetrievalParams, retrieve
+from llmops.retrieval.search import QueryError, documents_of, search
+from llmops.foundation.artifacts import ArtifactError, source
 
 SIZE, OVERLAP = 32, 4
 open_model = cache(load_encoder)
@@ -484,7 +484,7 @@ def test_citations_point_at_their_quotes(base):
 
 
 def test_an_answer_can_be_looked_up_in_the_version_it_was_made_from(copied, monkeypatch):
-    from llmops.models import load
+    from llmops.foundation.models import load
     index, (model, tokenizer) = copied(), load("tiny:llama")
     question, texts = "Which rule of document 1 holds on day 4?", {d.id: d.text for d in edition(0)}
     real = answering.answer(question, index, model, tokenizer, max_new_tokens=4)

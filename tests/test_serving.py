@@ -15,12 +15,12 @@ import pytest
 import torch
 from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
-from llmops.artifacts import begin, input_digest, seal, verify
-from llmops.deployment.quantization import QuantizationParams, finish, rtn
-from llmops.deployment.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
+from llmops.foundation.artifacts import begin, input_digest, seal, verify
+from llmops.compression.quantization import QuantizationParams, finish, rtn
+from llmops.compression.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
 from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
-from llmops.models import load, load_tokenizer, tiny
-from llmops.project import project_root
+from llmops.foundation.models import load, load_tokenizer, tiny
+from llmops.foundation.project import project_root
 
 HELLO = [{"role": "user", "content": "Who wrote the letter?"}]
 
@@ -128,15 +128,15 @@ def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
 def test_name_and_licence_come_from_the_gguf_that_the_base_came_from(gptq, tmp_path):
     import gguf
 
-    from llmops.artifacts import EMBEDDED_MODEL, source
-    from llmops.deployment.repack import base_gguf, gguf_fields
+    from llmops.foundation.artifacts import EMBEDDED_MODEL, source
+    from llmops.compression.repack import base_gguf, gguf_fields
     base, made = tmp_path / "base", tmp_path / "gptq"
     work = begin(base)
     (work / "config.json").write_text("{}")
-    seal(work, base, "model", "llmops.models", {}, {"model": EMBEDDED_MODEL})
+    seal(work, base, "model", "llmops.foundation.models", {}, {"model": EMBEDDED_MODEL})
     work = begin(made)
     shutil.copytree(gptq, work, dirs_exist_ok=True)
-    seal(work, made, "gptq", "llmops.deployment.quantization", {}, {"model": base})
+    seal(work, made, "gptq", "llmops.compression.quantization", {}, {"model": base})
     assert base_gguf(made) == source(EMBEDDED_MODEL) and base_gguf(gptq) is None
     repack(made, tmp_path / "model.gguf")
     fields = gguf_fields(tmp_path / "model.gguf", "general.")
@@ -168,7 +168,7 @@ def stages(gptq, tmp_path_factory):
     winner = home / "leaderboard"
     work = begin(winner)
     (work / "winner.json").write_text(json.dumps({"version": "tiny-gptq", "ref": str(gptq), "digest": input_digest(gptq)}))
-    seal(work, winner, "leaderboard", "llmops.evaluation.leaderboard", {})
+    seal(work, winner, "leaderboard", "llmops.decision.leaderboard", {})
     return {"llamacpp": (home / "fast", *served(home / "fast", model=str(winner))),
             "transformers": (home / "plain", *served(home / "plain", model="tiny:llama"))}
 
@@ -192,7 +192,7 @@ def test_stage(stages):
 
 
 def test_stage_gives_the_same_digest_again(stages, gptq, tmp_path):
-    from llmops.deployment.repack import repack as again
+    from llmops.compression.repack import repack as again
     again(gptq, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_bytes() == (stages["llamacpp"][0] / "model.gguf").read_bytes()
 

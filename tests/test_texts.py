@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.calibration import calibration_curve
 from sklearn.metrics.pairwise import cosine_similarity
 
-from llmops.artifacts import package_file
+from llmops.foundation.artifacts import package_file
 from llmops.evaluation.metrics import EvaluationError, answer_f1, exact_match
 from llmops.evaluation.texts import bin_of, bleu, calibration, chrf, corpus_scores, rouge, score_texts, similarity, surprise
 

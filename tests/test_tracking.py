@@ -11,7 +11,7 @@ import pytest
 
 RUN = """
 import sys
-from llmops.tracking import track
+from llmops.foundation.tracking import track
 with track("demo", {"out": "runs/demo", "wandb": sys.argv[1], "api_key": "hush-hush-hush"}) as run:
     run.log({"loss": 0.5}); run.log({"loss": 0.25, "hf_token": "hush-hush-hush"})
     run.table("answers", [{"a": 1}, {"a": "text"}]); run.artifact("runs/base", "abc")
