@@ -21,8 +21,12 @@ help:  ## show this list
 setup: $(READY)  ## create .venv and install what the lock files pin
 
 # A failed set-up leaves failed.txt, so that the last line is what to do and not the number of an error.
+NO_PYTHON = $(PYTHON) is not a command here: name a Python 3.11, 3.12 or 3.13, such as `make setup PYTHON=python3.11`
+install = mkdir -p $(2) && rm -f $(2)/failed.txt && if command -v $(PYTHON) >/dev/null; \
+	then $(PYTHON) requirements/install.py $(1) || test -f $(2)/failed.txt; else echo '$(NO_PYTHON)' > $(2)/failed.txt; fi
+
 $(VENV)/.installed: requirements/lock.txt requirements/carriers.txt requirements/install.py setup.py settings.ini
-	@$(PYTHON) requirements/install.py main || test -f $(VENV)/failed.txt
+	@$(call install,main,$(VENV))
 
 $(READY): $(VENV)/.installed
 	@$(if $(shell cat $(VENV)/failed.txt 2>/dev/null),$(error $(shell cat $(VENV)/failed.txt)))touch $@
@@ -66,7 +70,7 @@ interop: $(READY) $(AGQ)/.ready  ## does AutoGPTQ 0.7.1 read our checkpoint? GPT
 	python tests/interop_auto_gptq.py $(GPTQ) --python $(AGQ)/bin/python
 
 $(AGQ)/.installed: requirements/auto-gptq.txt requirements/install.py
-	@$(PYTHON) requirements/install.py auto-gptq || test -f $(AGQ)/failed.txt
+	@$(call install,auto-gptq,$(AGQ))
 
 $(AGQ)/.ready: $(AGQ)/.installed
 	@$(if $(shell cat $(AGQ)/failed.txt 2>/dev/null),$(error $(shell cat $(AGQ)/failed.txt)))touch $@
@@ -92,14 +96,7 @@ browser:  # the browser that the tests drive
 	echo "no Chromium found: install it with your system's package manager; the browser tests need it"
 
 lock:  ## resolve requirements/*.in again into requirements/lock.txt and auto-gptq.txt
-	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --progress-bar off -r requirements/main.in
-	.venv-lock/bin/python -m pip freeze --all | sed 's/+cpu$$//; /^nvidia-/d; /^triton==/d' > requirements/lock.txt
-	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	grep -v '^auto-gptq' requirements/auto-gptq.in | .venv-lock/bin/python -m pip install --progress-bar off -r /dev/stdin
-	BUILD_CUDA_EXT=0 .venv-lock/bin/python -m pip install --progress-bar off --no-build-isolation -r requirements/auto-gptq.in
-	.venv-lock/bin/python -m pip freeze --all | sed 's/+cpu$$//; /^nvidia-/d; /^triton==/d' > requirements/auto-gptq.txt
-	rm -rf .venv-lock
+	@$(PYTHON) requirements/install.py lock
 
 clean:  ## remove what runs and builds left, keep the environment
 	rm -rf runs _docs _proc build dist

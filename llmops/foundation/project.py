@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['T', 'SECRET_WORD', 'SECRET_NAME', 'SECRET_VALUE', 'REDACTED', 'project_root', 'resolve_path', 'relative_path',
-           'looks_secret', 'redact', 'ParamError', 'explain', 'stage_params', 'read_params', 'seed_everything']
+           'looks_secret', 'redact', 'ParamError', 'explain', 'stage_params', 'from_cell', 'read_params',
+           'seed_everything']
 
 # %% ../../nbs/00_foundation/01_project.ipynb #2aa7fed3
 import os
 import random
 import re
 import sys
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -112,6 +114,17 @@ def stage_params(
 
     strict.__init__ = __init__
     return strict
+
+# %% ../../nbs/00_foundation/01_project.ipynb #6553e382
+def from_cell(
+    params: type[T],  # a class made by `stage_params`
+    names: dict[str, Any],  # the notebook's names: `globals()`
+) -> T:  # the stage's parameters
+    "The parameters as the notebook's `parameters` cell, or papermill, set them. Raises `ParamError` when the cell sets too few."
+    fields = [f.name for f in dataclass_fields(params)]  # type: ignore[arg-type]
+    if missing := [name for name in fields if name not in names]:
+        raise ParamError(f"{', '.join(missing)}: not set in the cell tagged `parameters`, and {params.__name__} has it; add `{missing[0]}: type = value  # help`")
+    return params(**{name: names[name] for name in fields})
 
 # %% ../../nbs/00_foundation/01_project.ipynb #1f46deaf
 def read_params(
