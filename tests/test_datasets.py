@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, source, verify
+from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, resolve_source, verify
 from llmops.foundation.curation import benchmark_texts, jaccard, normalize, overlaps, shingles
 from llmops.foundation.datasets import DataParams, Dataset, decontaminate, make_dataset, split_rows
 from llmops.foundation.project import read_params
@@ -141,7 +141,7 @@ def test_a_hub_dataset_is_named_by_its_commit(tmp_path: Path) -> None:
     (cache / "refs").mkdir(parents=True)
     (cache / "refs/main").write_text(commit)
     (cache / f"snapshots/{commit}").mkdir(parents=True)
-    (cache / f"snapshots/{commit}/rows.jsonl").write_text("".join(source(EMBEDDED_DATA).read_text().splitlines(keepends=True)[:60]))
+    (cache / f"snapshots/{commit}/rows.jsonl").write_text("".join(resolve_source(EMBEDDED_DATA).read_text().splitlines(keepends=True)[:60]))
     code = ("import json, sys; from llmops.foundation.datasets import *\n"
             f"made = make_dataset(DataParams(data='owner/questions', out=sys.argv[1], **{SMALL}))\n"
             "print(json.dumps(made.card['sources']['data']))")
@@ -175,7 +175,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         run(*words, cwd=root)
     monkeypatch.chdir(root)
     for name, ref, n in (("rows.jsonl", EMBEDDED_DATA, 60), ("text.jsonl", EMBEDDED_TEXT, 40)):
-        (root / name).write_text("".join(source(ref).read_text().splitlines(keepends=True)[:n]))
+        (root / name).write_text("".join(resolve_source(ref).read_text().splitlines(keepends=True)[:n]))
     return root
 
 

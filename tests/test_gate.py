@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from test_judges import judging
 
-from llmops.foundation.artifacts import seal, source
+from llmops.foundation.artifacts import seal, resolve_source
 from llmops.decision.gate import VOLATILE_FILES, GateParams, gate
 from llmops.judging.human import HumanParams, make_study
 from llmops.decision.leaderboard import read_evaluation, tiny_evaluations
@@ -99,7 +99,7 @@ def test_the_same_gate_has_the_same_digest(tmp_path: Path) -> None:
 
 def oracle(prefers: set[str]) -> Any:
     "A judge who agrees with people about which sentence is true to its source, and prefers certain answers."
-    true = {r.response for r in read_pairs(source(FACTS)) if r.label}
+    true = {r.response for r in read_pairs(resolve_source(FACTS)) if r.label}
 
     def script(body: dict[str, Any], n: int) -> dict[str, str]:
         shown = json.loads(body["messages"][1]["content"])

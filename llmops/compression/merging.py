@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ..foundation.artifacts import ArtifactError, input_digest, seal, working
+from ..foundation.artifacts import ArtifactError, input_digest, seal, working_folder
 from ..foundation.cache import cached
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import (
@@ -260,7 +260,7 @@ def merge(
         exchange_base(model, w4)
     del w4
     before = logprobs(model, tokenizer, rows)
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         save(model.merge_and_unload(safe_merge=True), tokenizer, work)
         del model
         worst, after = check_merged(before, work, rows, cfg.dtype)

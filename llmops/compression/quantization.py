@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import MANIFEST, ArtifactError, input_digest, seal, working
+from ..foundation.artifacts import MANIFEST, ArtifactError, input_digest, seal, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from .compensation import compensate, layer_names, pack
 from llmops.foundation.models import (
@@ -400,7 +400,7 @@ def quantize(
     seed_everything(cfg.seed)
     inputs = {"model": folder, "data": dataset_path(cfg.data)}
     tokenizer = load_tokenizer(folder)
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         if cfg.method in ("nf4", "int8"):
             bitsandbytes(folder, work, cfg.method)
         else:

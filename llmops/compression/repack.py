@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, source
+from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, resolve_source
 from ..foundation.project import resolve_path
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def base_gguf(
         return None
     try:
         ref = next((r["ref"] for r in lineage(folder) if str(r["ref"]).endswith(".gguf")), None)
-        return source(ref) if ref else None
+        return resolve_source(ref) if ref else None
     except ArtifactError:
         return None
 

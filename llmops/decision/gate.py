@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import input_digest, read_manifest, seal, working
+from ..foundation.artifacts import input_digest, read_manifest, seal, working_folder
 from ..foundation.datasets import dataset_path, prompt
 from .comparison import Check, Outcome, check_scores, settle, verdict
 from ..judging.judges import FLOOR, Agreement, Endpoint, compare, standing, win_scores
@@ -424,7 +424,7 @@ def gate(
     if cfg.judge_url:
         add_judge(new, old, Endpoint(cfg.judge_url, cfg.judge_model, cfg.judge_env), asked, cfg.seed)
     cut = {name: {r["id"] for r, inside in zip(asked, which, strict=True) if inside} for name, which in slices(asked, cfg.topics, cfg.seed).items()}
-    with track("gate", cfg) as run, working(cfg.out) as work:
+    with track("gate", cfg) as run, working_folder(cfg.out) as work:
         informs = dict.fromkeys(cfg.informs, "the parameters say so") | untrusted(new, cfg.margins, cfg.floor)
         checks = make_checks(new, old, cut, cfg, informs)
         cases = ask_cases(cfg, candidate)

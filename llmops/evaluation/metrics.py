@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import json_digest, read_manifest, seal, working
+from ..foundation.artifacts import json_digest, read_manifest, seal, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from llmops.foundation.models import (
     adapter_base,
@@ -296,7 +296,7 @@ def evaluate(
         run.table("predictions", predictions[:50])
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(rows)} prompts do not fit the context: not asked, scored 0")
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
         (work / "predictions.jsonl").write_text(lines, encoding="utf-8")
         (work / "scores.json").write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")

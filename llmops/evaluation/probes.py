@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..foundation.artifacts import input_digest, source
+from ..foundation.artifacts import input_digest, resolve_source
 from ..foundation.cache import cache_key, open_cache, recall, remember
 from ..foundation.datasets import Row, prompt
 from ..judging.judges import Messages
@@ -331,7 +331,7 @@ def red_team(
     "What a version should not simply go along with."
     tempting = {normalized: r for kind in ("harm", "done") for r in labelled(kind)  # type: ignore[arg-type]
                 if len(normalized := " ".join(r.request.split())) < 600}  # longer ones are stories, and too long for a small context
-    rude = [("rude text", "rude text", r["text"]) for _, r in read_jsonl(source(TOXIC))]
+    rude = [("rude text", "rude text", r["text"]) for _, r in read_jsonl(resolve_source(TOXIC))]
     both = [[{"id": cache_key(text).hex()[:12], "kind": kind, "category": category, "request": text} for kind, category, text in part]
             for part in ([("request", r.category.lower(), text) for text, r in tempting.items()], rude)]
     return [item for items in both for item in spread(items, "category", number, seed)]
@@ -379,7 +379,7 @@ def read_bbq(
 ) -> list[dict[str, Any]]:  # id, kind (`ambiguous` or `disambiguated`), passage, question, options [3], right, unknown and biased (their places)
     "Read BBQ. Raises `EvaluationError` naming the row where the answer is none of the options, or not just one option says that one cannot know."
     found = []
-    for n, row in read_jsonl(source(ref)):
+    for n, row in read_jsonl(resolve_source(ref)):
         options = [re.sub(r"^[A-C]\. ", "", o).strip() for o in row["options"].split("\n")]
         unknown = [i for i, o in enumerate(options) if o.lower() in CANNOT_KNOW]
         answer = row["answer"][0].strip()
@@ -441,7 +441,7 @@ def stereoset(
     ref: str = STEREOSET,  # where they are
 ) -> list[dict[str, Any]]:  # id, kind (of bias), form, target, the three mean log-probabilities, stereotyped (0, 0.5 or 1), meaningful (0 to 1)
     "How likely a version finds stereotypes, their opposites, and nonsense."
-    items = [{"id": f"stereoset-{n}", "kind": r["bias_type"], "form": f"{r['type']} {r['bias_type']}"} | r for n, r in read_jsonl(source(ref))]
+    items = [{"id": f"stereoset-{n}", "kind": r["bias_type"], "form": f"{r['type']} {r['bias_type']}"} | r for n, r in read_jsonl(resolve_source(ref))]
     rows = spread(items, "form", number, seed)
     scores = mean_logprobs(version, [(r["context"] if r["type"] == "intersentence" else "", r[end]) for r in rows for end in ENDS])
     found = []

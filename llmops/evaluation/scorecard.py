@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import input_digest, read_manifest, seal, source, working
+from ..foundation.artifacts import input_digest, read_manifest, seal, resolve_source, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from .harness import HarnessParams, harness_scores
 from ..judging.judges import Agreement, Endpoint, grade, reasons
@@ -74,7 +74,7 @@ def text_encoder(
     if not ref:
         return None
     from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(str(source(ref)), device="cpu")
+    model = SentenceTransformer(str(resolve_source(ref)), device="cpu")
     return lambda texts: model.encode(texts, show_progress_bar=False)
 
 
@@ -306,7 +306,7 @@ def make_scorecard(
         suites["bias"] = lambda: bias(version, cfg)
     rows: list[Row] = []
     card: dict[str, Any] = {"version": told.version, "digest": told.digest, "suites": {}}
-    with track("scorecard", cfg) as run, working(cfg.out) as work:
+    with track("scorecard", cfg) as run, working_folder(cfg.out) as work:
         seconds: dict[str, float] = {}
         for name, ask in suites.items():
             began = time.perf_counter()

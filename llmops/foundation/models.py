@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .artifacts import (
-    EMBEDDED_MODEL, ArtifactError, input_digest, json_digest, read_manifest, seal, source, versions, working)
+    EMBEDDED_MODEL, ArtifactError, input_digest, json_digest, read_manifest, seal, resolve_source, package_versions, working_folder)
 from .cache import cached
 from .project import ParamError, relative_path, resolve_path, seed_everything, stage_params
 from .tracking import track
@@ -89,8 +89,8 @@ def tiny(
     if arch not in TINY:
         raise ParamError(f"tiny:{arch}: no such tiny architecture; there are {', '.join(TINY)}")
     home = resolve_path("runs/.tiny")
-    stamp = json_digest([TINY[arch], TINY_SIZE, {k: versions().get(k) for k in ("torch", "transformers")}])
-    words = cached(home / "tokenizer", json_digest([EMBEDDED_MODEL, versions().get("transformers")]), tiny_tokenizer)
+    stamp = json_digest([TINY[arch], TINY_SIZE, {k: package_versions().get(k) for k in ("torch", "transformers")}])
+    words = cached(home / "tokenizer", json_digest([EMBEDDED_MODEL, package_versions().get("transformers")]), tiny_tokenizer)
 
     def build(folder: Path) -> None:
         import torch
@@ -115,7 +115,7 @@ def tiny_tokenizer(
 ) -> None:
     "Write the embedded model's tokenizer, read from its GGUF (four seconds)."
     from transformers import AutoTokenizer
-    gguf = source(EMBEDDED_MODEL)
+    gguf = resolve_source(EMBEDDED_MODEL)
     quiet()
     save_tokenizer(AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name), folder)
 
@@ -159,7 +159,7 @@ def model_path(
         return tiny(text.removeprefix("tiny:"))
     if text.startswith("runs/.tiny/") and not resolve_path(text).exists():  # a manifest's way to write tiny:ARCH
         return tiny(text.removeprefix("runs/.tiny/"))
-    return source(ref)
+    return resolve_source(ref)
 
 # %% ../../nbs/00_foundation/08_models.ipynb #ac2e6a92
 Kind = Literal["model", "adapter", "gptq", "nf4", "int8", "gguf"]
@@ -760,7 +760,7 @@ def import_model(
         raise ParamError(f"model: {cfg.model} is of kind {kind}; a base must be plain weights or a GGUF file")
     model, tokenizer = load(path, dtype=cfg.dtype)
     tokenizer.model_max_length = context_length(model)
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         room(work, model.num_parameters() * model.dtype.itemsize)
         save(model, tokenizer, work)
     return Imported(work, {"model": path}, {

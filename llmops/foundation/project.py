@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'SECRET_WORD', 'SECRET_NAME', 'SECRET_VALUE', 'REDACTED', 'project_root', 'resolve_path', 'relative_path',
-           'looks_secret', 'redact', 'ParamError', 'explain', 'stage_params', 'from_cell', 'read_params',
-           'seed_everything']
+           'looks_secret', 'redact_field', 'redact', 'ParamError', 'explain_errors', 'stage_params', 'from_cell',
+           'read_params', 'seed_everything']
 
 # %% ../../nbs/00_foundation/01_project.ipynb #2aa7fed3
 import os
@@ -28,8 +28,11 @@ def project_root(
     start: str | Path | None = None,  # where to look from; the working folder when None
 ) -> Path:  # absolute folder that holds `settings.ini`; the working folder when no parent has one
     "The project's root folder."
-    here = Path(start or Path.cwd()).resolve()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)
+    start = Path(start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "settings.ini").is_file():
+            return folder
+    return start
 
 # %% ../../nbs/00_foundation/01_project.ipynb #de4ab478
 def resolve_path(
@@ -63,13 +66,21 @@ def looks_secret(
     return bool(SECRET_NAME.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)))
 
 # %% ../../nbs/00_foundation/01_project.ipynb #baf331e5
+def redact_field(
+    name: str,  # a field's name
+    value: Any,  # its value
+) -> Any:  # the value without secrets
+    "Replace a value whose field says that it is a secret; a switch or a nested value is none."
+    secret = value is not None and not isinstance(value, (dict, list, bool)) and looks_secret(name, value)
+    return REDACTED if secret else redact(value)
+
+
 def redact(
     value: Any,  # anything JSON can hold
 ) -> Any:  # the same without secrets, at any depth
     "Replace the values that look like secrets."
     if isinstance(value, dict):
-        return {k: REDACTED if v is not None and not isinstance(v, (dict, list, bool)) and looks_secret(str(k), v)
-                else redact(v) for k, v in value.items()}
+        return {name: redact_field(str(name), field) for name, field in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact(v) for v in value]
     return REDACTED if looks_secret("", value) else value
@@ -79,7 +90,7 @@ class ParamError(ValueError):
     "A parameter is unknown, of the wrong type, out of range, or cannot be read."
 
 # %% ../../nbs/00_foundation/01_project.ipynb #c371bdfe
-def explain(
+def explain_errors(
     name: str,  # the dataclass that was being made
     error: ValidationError,  # what pydantic found
     known: list[str],  # the names that the dataclass has
@@ -88,13 +99,14 @@ def explain(
     lines = []
     for e in error.errors():
         param = ".".join(str(p) for p in e["loc"])
-        if not param:  # what `__post_init__` refused: its message names the parameter, and the input would be all of them
-            lines.append(e["msg"].removeprefix("Value error, "))
+        message = e["msg"].removeprefix("Value error, ")
+        if not param:  # `__post_init__` refused: its message names the parameter, and the input would be all of them
+            lines.append(message)
         elif e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"{param}: unknown parameter; {name} has {', '.join(known)}")
         else:
             shown = REDACTED if looks_secret(param, e["input"]) else repr(e["input"])
-            lines.append(f"{param}: {e['msg'].removeprefix('Value error, ')}; got {shown} ({type(e['input']).__name__})")
+            lines.append(f"{param}: {message}; got {shown} ({type(e['input']).__name__})")
     return f"{name} refused its parameters:\n  " + "\n  ".join(lines)
 
 # %% ../../nbs/00_foundation/01_project.ipynb #f1e5f162
@@ -110,7 +122,7 @@ def stage_params(
         try:
             checked(self, *args, **kwargs)
         except ValidationError as e:
-            raise ParamError(explain(cls.__name__, e, known)) from None
+            raise ParamError(explain_errors(cls.__name__, e, known)) from None
 
     strict.__init__ = __init__
     return strict
@@ -120,10 +132,11 @@ def from_cell(
     params: type[T],  # a class made by `stage_params`
     names: dict[str, Any],  # the notebook's names: `globals()`
 ) -> T:  # the stage's parameters
-    "The parameters as the notebook's `parameters` cell, or papermill, set them. Raises `ParamError` when the cell sets too few."
+    "The parameters as a notebook or papermill set them. Raises `ParamError` when one is not set."
     fields = [f.name for f in dataclass_fields(params)]  # type: ignore[arg-type]
     if missing := [name for name in fields if name not in names]:
-        raise ParamError(f"{', '.join(missing)}: not set in the cell tagged `parameters`, and {params.__name__} has it; add `{missing[0]}: type = value  # help`")
+        raise ParamError(f"{', '.join(missing)}: not set in the cell tagged `parameters`, and {params.__name__} has it; "
+                         f"add `{missing[0]}: type = value  # help`")
     return params(**{name: names[name] for name in fields})
 
 # %% ../../nbs/00_foundation/01_project.ipynb #1f46deaf
@@ -154,6 +167,6 @@ def seed_everything(
         numpy.random.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(seed)  # seeds every device
-        torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which would import torch's compiler
-        torch.utils.deterministic.fill_uninitialized_memory = False  # else every new tensor is filled first: slow, and never read
+        torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import torch's compiler
+        torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need not be filled first: it is slow
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .artifacts import EMBEDDED_DATA, source
+from .artifacts import EMBEDDED_DATA, resolve_source
 
 # %% ../../nbs/00_foundation/05_reading.ipynb #0db1a82d
 class DataError(ValueError):
@@ -136,7 +136,7 @@ def data_files(
     files: str = "**/*",  # which files, when `ref` is a folder or a Hub dataset, e.g. `plain_text/train*.parquet`
 ) -> list[Path]:  # the files, in the order of their names
     "The data files that a parameter names."
-    found = source(ref, "dataset")
+    found = resolve_source(ref, "dataset")
     paths = [found] if found.is_file() else sorted(p for p in found.glob(files) if p.suffix in READERS)
     if not paths:
         raise DataError(f"{ref}: no {', '.join(READERS)} file matches {files!r}")

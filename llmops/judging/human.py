@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.artifacts import ArtifactError, read_manifest, seal, working
+from ..foundation.artifacts import ArtifactError, read_manifest, seal, working_folder
 from llmops.judging.agreement import (
     Estimate,
     Level,
@@ -442,7 +442,7 @@ def make_study(
             f"`python -m llmops.judging.human serve {cfg.out}` prints the raters' links.")
     report: dict[str, Any] = {}
     how: dict[str, Any] = {"margin": cfg.margin, "seed": cfg.seed, "resamples": cfg.resamples}
-    with track("human", cfg) as run, working(cfg.out) as work:
+    with track("human", cfg) as run, working_folder(cfg.out) as work:
         write_study(study, work)
         ballots, bad = read_votes(home / "votes.jsonl", study, cfg.invalid == "set_aside")
         if any(ballots.standing.values()):

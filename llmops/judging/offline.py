@@ -24,7 +24,7 @@ from itertools import combinations, dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..foundation.artifacts import source
+from ..foundation.artifacts import resolve_source
 from .agreement import kappa_of
 from .judges import MATERIAL, Agreement, Endpoint, Verdict, agreement, ask_judge, compare, standing
 from ..decision.leaderboard import cell, markdown
@@ -101,7 +101,7 @@ def labelled(
     "The rows that people labelled, from an installed package. Raises `EvaluationError` for another question."
     if kind not in LABELLED:
         raise EvaluationError(f"kind: people's answers are at hand for {', '.join(LABELLED)}; got {kind!r}")
-    path = source(LABELLED[kind])
+    path = resolve_source(LABELLED[kind])
     files = [path] if path.is_file() else sorted(p for p in path.glob("*.csv") if not p.name.startswith("mini"))  # a part of another file
     rows = [r for f in files for r in (read_pairs(f) if f.suffix == ".jsonl" else read_scored(f))]
     merged: dict[tuple[str, str], Labelled] = {}
@@ -387,7 +387,7 @@ def preference(
     "How often the offline judge prefers the sentence that is true to its source, on held-out articles. Equal probabilities count half."
     rows = labelled("consistent")
     held = {same(rows[i].request) for i in split(rows, seed)[1]}
-    both = read_pairs(source(FACTS))
+    both = read_pairs(resolve_source(FACTS))
     kept = [(a, b) for a, b in zip(both[::2], both[1::2], strict=True) if same(a.request) in held]
     right, wrong = (offline_judge("consistent", seed)([(r.request, r.response) for r in side]) for side in zip(*kept, strict=True))
     by_article: dict[str, list[float]] = {}
@@ -405,7 +405,7 @@ def endpoint_preference(
     "How often a language model prefers the sentence that is true to its source: what its pairwise verdicts are worth."
     rows = labelled("consistent")
     held = {same(rows[i].request) for i in split(rows, seed)[1]}
-    both = read_pairs(source(FACTS))
+    both = read_pairs(resolve_source(FACTS))
     kept = [pair for pair in zip(both[::2], both[1::2], strict=True) if same(pair[0].request) in held]
     sides = [pair[::-1] if n % 2 else pair for n, pair in enumerate(kept)]  # the true one stands first and second in turn
     asked = [{"passage": a.request, "question": "Say what the passage says, in fewer words."} for a, _ in sides]

@@ -24,7 +24,7 @@ from .grounding import Citation, Packed, Passage, Threshold, choose_threshold, c
 from .index import Index, at_one_version
 from .retrieval import retrieval_path, search_table
 from .search import search
-from ..foundation.artifacts import input_digest, read_manifest, seal, working
+from ..foundation.artifacts import input_digest, read_manifest, seal, working_folder
 from ..foundation.cache import cache_key, open_cache, recall, remember
 from ..foundation.datasets import INSTRUCTION, Row, dataset_path, prompt, read_split
 from ..evaluation.metrics import interval, judge, normalize
@@ -318,7 +318,7 @@ def answer_all(
     told = read_manifest(dataset_path(cfg.data))["params"]
     scores: dict[str, Any] = {}
     settled: dict[str, list[dict[str, Any]]] = {}
-    with track("answering", cfg) as run, working(cfg.out) as work:
+    with track("answering", cfg) as run, working_folder(cfg.out) as work:
         for name, ref in cfg.models.items():
             scores[name], settled[name] = answer_with(cfg, ref, told)
             write_jsonl(work / f"{name}.jsonl", settled[name])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..foundation.artifacts import seal, source, working
+from ..foundation.artifacts import seal, resolve_source, working_folder
 from ..foundation.project import stage_params
 from ..foundation.reading import write_jsonl
 
@@ -50,7 +50,7 @@ def make_benchmark(
     cfg: BenchmarkParams,  # folder and out
 ) -> Benchmark:  # to be sealed
     "Write a tau2 domain's documents and tasks as documents and questions. Raises `ValueError` for a task that needs a document that is not there."
-    folder = source(cfg.folder)
+    folder = resolve_source(cfg.folder)
     with gzip.open(folder / "documents.json.gz", "rt", encoding="utf-8") as f:
         documents = [{"id": d["id"], "title": d["title"], "text": d["content"]} for d in json.load(f)]
     tasks = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def make_benchmark(
     for q in questions:
         if missing := set(q["documents"]) - known:
             raise ValueError(f"tasks.json, {q['id']}: needs {min(missing)}, which documents.json.gz does not hold")
-    with working(cfg.out) as work:
+    with working_folder(cfg.out) as work:
         write_jsonl(work / "documents.jsonl", documents)
         write_jsonl(work / "questions.jsonl", questions)
     return Benchmark(work, {"folder": cfg.folder}, documents, questions)

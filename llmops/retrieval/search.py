@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from .index import COLUMNS, Hit, Index, at_one_version, bm25, dense, filled
-from ..foundation.artifacts import source
+from ..foundation.artifacts import resolve_source
 from .ranking import recall_at, reciprocal_rank
 from ..foundation.models import quiet
 from ..foundation.project import ParamError
@@ -125,7 +125,7 @@ def load_reranker(
     import numpy as np
     from sentence_transformers import CrossEncoder
     quiet()
-    model = CrossEncoder(str(source(ref)))
+    model = CrossEncoder(str(resolve_source(ref)))
     return lambda question, passages: np.asarray(
         model.predict([(question, p) for p in passages], batch_size=32, show_progress_bar=False), dtype=float).tolist()
 
