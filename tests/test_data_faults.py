@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmops.foundation.artifacts import ArtifactError, verify
-from llmops.foundation.curation import normalize
+from llmops.foundation.curation import normalize_text
 from llmops.foundation.datasets import DataParams, make_dataset, read_split
 from llmops.foundation.project import ParamError, project_root
 from llmops.foundation.reading import DataError
@@ -153,7 +153,7 @@ def test_no_passage_in_two_splits_and_stable_under_added_rows(tmp_path: Path) ->
         (tmp_path / "r.jsonl").write_text(lines(*part))
         cfg = DataParams(data=str(tmp_path / "r.jsonl"), out=str(tmp_path / name), near_duplicate=0.99, **SMALL | {"limit": 0})
         made = make_dataset(cfg)
-        where = {s: {normalize(r["passage"]) for r in made.splits[s]} for s in ("train", "valid", "test")}
+        where = {s: {normalize_text(r["passage"]) for r in made.splits[s]} for s in ("train", "valid", "test")}
         assert not (where["train"] & where["test"] or where["train"] & where["valid"] or where["valid"] & where["test"])
         splits[name] = {r["id"]: s for s in where for r in made.splits[s]}
     assert splits["few"].items() <= splits["more"].items() == splits["other order"].items()

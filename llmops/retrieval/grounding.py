@@ -18,7 +18,8 @@ from typing import Any
 
 from .index import HANGUL, analyse
 from ..foundation.artifacts import read_manifest
-from ..foundation.datasets import INSTRUCTION, Row, dataset_path, normalize, prompt, read_jsonl, read_split, text_id
+from ..foundation.curation import normalize_text
+from ..foundation.datasets import INSTRUCTION, Row, dataset_path, prompt, read_jsonl, read_split, text_id
 from ..foundation.project import ParamError, resolve_path
 
 # %% ../../nbs/03_retrieval/07_grounding.ipynb #1cc1c540
@@ -182,9 +183,9 @@ def retrieved_row(
     unknown: str = "unknown",  # the answer when nothing supports one
 ) -> Row:  # with the packed passages, and whether what supports the answer is among them (`found`)
     "A row with found passages in place of the marked one."
-    gold = normalize(row["passage"])
-    parts = [t for p in packed.used if (t := normalize(p.text)) in gold or gold in t]
-    found = any(normalize(row["answer"]) in t for t in parts) if row["answerable"] else bool(parts)  # of a long passage the right part
+    gold = normalize_text(row["passage"])
+    parts = [t for p in packed.used if (t := normalize_text(p.text)) in gold or gold in t]
+    found = any(normalize_text(row["answer"]) in t for t in parts) if row["answerable"] else bool(parts)  # of a long passage the right part
     answer = row["answer"] if found else unknown
     return row | {"passage": packed.text, "found": found, "answer": answer, "answerable": row["answerable"] and found,
                   "prompt": prompt(packed.text, row["question"], instruction), "completion": [{"role": "assistant", "content": answer}]}

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from ..foundation.artifacts import json_digest, resolve_source
-from ..foundation.reading import READERS, DataError, Row, RowError, pick, refuse
+from ..foundation.reading import READERS, DataError, Row, RowError, get_text_field, raise_or_collect
 
 # %% ../../nbs/03_retrieval/01_ingestion.ipynb #0d38c66b
 class IngestError(ValueError):
@@ -426,11 +426,11 @@ def row_documents(
     for n, row in rows_of(path, encoding, limit, bad):
         where = f"{path.name}, {what} {n}"
         try:
-            text = clean(pick(row, text_field, where) or "")
+            text = clean(get_text_field(row, text_field, where) or "")
             if not text.strip():
                 raise RowError(where, "the text is empty", field=text_field)
         except RowError as e:
-            refuse(e, bad)
+            raise_or_collect(e, bad)
             continue
         own = flat(row.get(id_field)) or str(n)
         headings = heading_paths(markdown_headings(text)) if re.search("^ {0,3}#{1,6} ", text, re.MULTILINE) else ()

@@ -33,7 +33,7 @@ from ..foundation.curation import split_of, text_id
 from ..foundation.datasets import dataset_path, read_split
 from .ranking import score_rankings, summarize_rankings
 from ..foundation.project import ParamError, resolve_path, seed_everything, stage_params
-from ..foundation.reading import pick, read_rows, write_jsonl
+from ..foundation.reading import get_text_field, read_rows, write_jsonl
 from ..foundation.tracking import track
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def file_questions(
     known = {d.id.partition("#")[2] or d.id: d.id for d in documents} | {d.id: d.id for d in documents}
     found = []
     for where, row in read_rows(ref):
-        text, wanted = pick(row, "question", where), row.get("documents")
+        text, wanted = get_text_field(row, "question", where), row.get("documents")
         if not isinstance(wanted, list) or not text:
             raise ParamError(f"questions: {where}: expected a `question` and a list of ids in `documents`")
         name = str(row.get("id", text_id(text)))
