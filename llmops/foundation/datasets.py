@@ -24,7 +24,7 @@ from pydantic import Field
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, file_digest, json_digest, read_manifest, seal, working_folder
 from .cache import cached
 from .curation import benchmark_texts, contaminated_rows, duplicate_of, group_texts, normalize_text, row_texts, split_of, text_id
-from .datacard import data_card, readme
+from .datacard import data_card, card_page
 from .project import resolve_path, seed_everything, stage_params
 from .reading import DataError, Row, RowError, check_rows, get_text_field, read_jsonl, read_rows, summarize_errors, write_jsonl
 from .tracking import track
@@ -325,7 +325,7 @@ def make_dataset(
         for name, content in (splits | {"removed": removed}).items():
             write_jsonl(work / f"{name}.jsonl", content)
         (work / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (work / "README.md").write_text(readme(card), encoding="utf-8")
+        (work / "README.md").write_text(card_page(card), encoding="utf-8")
     return Dataset(work, splits, removed, lengths, card, dict(sources))
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #572c104c
