@@ -46,12 +46,13 @@ gate: $(READY)  ## may the new version replace the one in service? ship, hold or
 	@python -m llmops.decision.gate runs/gate
 
 people: $(READY)  ## have people rate answers in the browser; prints a link for each rater
-	papermill --engine llmops nbs/05_judging/07_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
+	papermill --engine llmops nbs/05_judging/14_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
 	python -m llmops.judging.human serve runs/human
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.tools.notebooks check
-	ruff check llmops tests
+	python -m llmops.tools.pipeline deps --check
+	ruff check llmops tests requirements
 	mypy
 	nbdev_test --n_workers 2
 	python -m llmops.tools.site build
@@ -80,7 +81,7 @@ serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 
 seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (half an hour)
 	python -m llmops.tools.warm dvc repro params/seeds/dvc.yaml
-	python -m llmops.decision.leaderboard runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
+	python -m llmops.studies.seeds runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 
 results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site
 	python -m llmops.tools.notebooks carry
@@ -88,6 +89,7 @@ results: $(READY)  ## keep the last run's figures in the notebooks, the README a
 	cp runs/leaderboard/leaderboard.json runs/leaderboard/leaderboard.md runs/leaderboard/leaderboard.svg nbs/results/
 	@test ! -f runs/seeds/spread.md || for f in md json; do cp runs/seeds/spread.$$f nbs/results/seeds.$$f; done
 	@test ! -f runs/answering/scores.json || python -m llmops.retrieval.answering report nbs/results/rag.md
+	python -m llmops.studies.lifecycle
 	python -m llmops.tools.site readme
 
 browser:  # the browser that the tests drive

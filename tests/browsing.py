@@ -1,4 +1,5 @@
 "What the browser tests share: a server process and a real Chromium."
+
 import shutil
 import socket
 import subprocess
@@ -10,8 +11,16 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-ARGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def free_port() -> int:
@@ -68,7 +77,12 @@ def browser_page() -> Iterator[tuple[Page, list[str]]]:
         page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: problems.append(f"page: {e}"))
         # ERR_ABORTED is the browser's own doing: the test went to the next page before the last icon had come
-        page.on("requestfailed", lambda r: problems.append(f"request: {r.url} {r.failure}") if "ERR_ABORTED" not in (r.failure or "") else None)
+        page.on(
+            "requestfailed",
+            lambda r: (
+                problems.append(f"request: {r.url} {r.failure}") if "ERR_ABORTED" not in (r.failure or "") else None
+            ),
+        )
         page.on("response", lambda r: problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         yield page, problems
         browser.close()

@@ -1,4 +1,5 @@
 """What several test files use: a copy of the project to run things in, and a quiet, offline environment."""
+
 import os
 import shutil
 import subprocess

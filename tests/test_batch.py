@@ -30,8 +30,14 @@ def project(folder: Path, *below: str) -> Path:
     code = nbformat.v4.new_code_cell
     parameters = code("rank: int = 4  # a number\napi_key: str = ''  # a secret\nout: str = 'runs/x'  # where to write")
     parameters.metadata.tags = ["parameters"]
-    cells = [nbformat.v4.new_markdown_cell("# Stage\n\n> One stage."), code("#| default_exp stage"), code(DEFINITIONS),
-             code("print('a demonstration')\nopen('demonstrated', 'w').close()"), parameters, *map(code, below)]
+    cells = [
+        nbformat.v4.new_markdown_cell("# Stage\n\n> One stage."),
+        code("#| default_exp stage"),
+        code(DEFINITIONS),
+        code("print('a demonstration')\nopen('demonstrated', 'w').close()"),
+        parameters,
+        *map(code, below),
+    ]
     cells[3].outputs = [nbformat.v4.new_output("stream", name="stdout", text="saved before\n")]
     nb = nbformat.v4.new_notebook(cells=cells)
     nb.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
@@ -60,12 +66,18 @@ def executed(folder: Path) -> nbformat.NotebookNode:
 def below(nb: nbformat.NotebookNode) -> list[list[dict]]:
     "What the cells below the parameters show."
     first = next(i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", []))
-    return [[{k: v for k, v in o.items() if k != "execution_count"} for o in c.outputs] for c in nb.cells[first:]
-            if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    return [
+        [{k: v for k, v in o.items() if k != "execution_count"} for o in c.outputs]
+        for c in nb.cells[first:]
+        if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
+    ]
 
 
-STAGE = ("print(double(rank), math.floor(1.5), out)", "[rank] * 3",
-         "import matplotlib.pyplot as plt\nplt.plot([rank]);")
+STAGE = (
+    "print(double(rank), math.floor(1.5), out)",
+    "[rank] * 3",
+    "import matplotlib.pyplot as plt\nplt.plot([rank]);",
+)
 
 
 def test_engine_shows_the_same_as_plain_papermill(tmp_path):
@@ -166,8 +178,13 @@ def test_a_kernel_that_dies_is_an_error(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_batch_run_leaves_no_kernel(tmp_path, how):
     project(tmp_path, "import os; open('pid', 'w').write(str(os.getpid()))\nfor _ in range(600): time.sleep(0.1)")
-    run = subprocess.Popen(command("--engine", "llmops"), cwd=tmp_path, env=ENV, stderr=subprocess.DEVNULL,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's `&` turns it off
+    run = subprocess.Popen(
+        command("--engine", "llmops"),
+        cwd=tmp_path,
+        env=ENV,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a shell's `&` turns it off
     pid = tmp_path / "pid"
     wait_for(lambda: pid.exists() and pid.read_text())
     run.send_signal(how)
@@ -200,6 +217,19 @@ def test_parameters_that_are_not_yaml_name_the_line(tmp_path):
     assert "params/bad.yaml, line 3: not valid YAML" in ran.stderr
 
 
+def test_a_profile_is_laid_over_the_parameters(tmp_path):
+    "The later file wins, key by key; one in which nothing differs may hold a comment only."
+    project(tmp_path, "print(rank, out)")
+    (tmp_path / "params" / "smoke").mkdir(parents=True)
+    (tmp_path / "params" / "x.yaml").write_text("rank: 8\nout: runs/y\n")
+    over = tmp_path / "params" / "smoke" / "x.yaml"
+    for text, shown in (("rank: 2\n", "2 runs/y\n"), ("# nothing differs\n", "8 runs/y\n")):
+        over.write_text(text)
+        ran = papermill(tmp_path, "-f", "params/x.yaml", "-f", "params/smoke/x.yaml")
+        assert ran.returncode == 0, ran.stderr
+        assert below(executed(tmp_path))[1][0]["text"] == shown
+
+
 def test_outputs_are_carried_home(tmp_path):
     project(tmp_path, *STAGE, "import sys; print('a warning', file=sys.stderr)")
     assert papermill(tmp_path, "-p", "rank", "6").returncode == 0
@@ -217,5 +247,7 @@ def test_outputs_are_carried_home(tmp_path):
 
 def test_the_projects_own_notebooks_are_in_order():
     root = Path(__file__).parents[1]
-    checked = subprocess.run([sys.executable, "-m", "llmops.tools.notebooks", "check"], cwd=root, capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, "-m", "llmops.tools.notebooks", "check"], cwd=root, capture_output=True, text=True
+    )
     assert checked.returncode == 0, checked.stdout

@@ -1,4 +1,5 @@
 "The documentation site, built from the notebooks and read in a real browser."
+
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,13 @@ from conftest import copy_env, copy_project
 
 
 def site_command(project: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "llmops.tools.site", *words], cwd=project, env=copy_env(project), capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "llmops.tools.site", *words],
+        cwd=project,
+        env=copy_env(project),
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,13 @@ def test_a_broken_link_is_named(project: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.ini").touch()
     page = tmp_path / "_docs/00_foundation/project.html"
     page.write_text(page.read_text().replace("</main>", '<a href="nowhere.html#x">x</a></main>', 1))
-    done = subprocess.run([sys.executable, "-m", "llmops.tools.site", "check"], cwd=tmp_path, env=copy_env(project), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmops.tools.site", "check"],
+        cwd=tmp_path,
+        env=copy_env(project),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "00_foundation/project.html: nowhere.html#x: no such file" in done.stderr
 
@@ -61,6 +74,7 @@ def test_readme_is_in_step(project: Path) -> None:
 def test_a_second_build_is_the_same(project: Path) -> None:
     def pages() -> dict[str, str]:
         return {p.relative_to(project).as_posix(): p.read_text() for p in (project / "_docs").rglob("*.html")}
+
     first = pages()
     assert site_command(project, "build").returncode == 0
     assert pages() == first
@@ -80,8 +94,10 @@ def test_quarto_is_used_when_it_is_there(project: Path, tmp_path: Path) -> None:
     code = "from pathlib import Path; from llmops.tools.site import render; print(render(Path('_proc').resolve()))"
     env = copy_env(project)
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
+
     def render() -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+
     done = render()
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "_proc/_docs"), done.stderr
     (tmp_path / "_proc/_quarto.yml").unlink()
@@ -120,15 +136,19 @@ def test_search(url: str) -> None:
 def test_plots_are_visible(url: str) -> None:
     with browser_page() as (page, problems):
         page.goto(url)
-        plot = page.locator('main img[src*="leaderboard"]')
-        assert plot.count() == 1, "the home page shows no leaderboard plot: nbs/results/leaderboard.svg is missing"
+        plot = page.locator('main img[src*="lifecycle"]')
+        assert plot.count() == 1, "the home page shows no plot of the life: nbs/results/lifecycle.svg is missing"
         plot.scroll_into_view_if_needed()
         assert plot.evaluate("e => e.complete && e.naturalWidth") > 0
-        links = page.locator("#quarto-sidebar a.sidebar-link[href$='.html']").evaluate_all("all => all.map(a => a.href)")
+        links = page.locator("#quarto-sidebar a.sidebar-link[href$='.html']").evaluate_all(
+            "all => all.map(a => a.href)"
+        )
         drawn = 0
         for link in dict.fromkeys(links):
             page.goto(link)
-            for plot in page.locator(".cell-output-display > svg, .cell-output-display img, .cell-output-display .figure svg").all():
+            for plot in page.locator(
+                ".cell-output-display > svg, .cell-output-display img, .cell-output-display .figure svg"
+            ).all():
                 box = plot.bounding_box()
                 assert box and box["width"] > 100 and box["height"] > 50, link
                 drawn += 1
@@ -139,7 +159,8 @@ def test_plots_are_visible(url: str) -> None:
 def test_light_and_dark(url: str) -> None:
     with browser_page() as (page, problems):
         page.goto(url)
-        background = "() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+        color = "getComputedStyle(document.body).backgroundColor"
+        background = f"() => {color}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
         assert page.evaluate(background) > 600
         page.locator(".quarto-color-scheme-toggle").click()
         page.wait_for_function("document.documentElement.classList.contains('quarto-dark')")

@@ -1,4 +1,5 @@
 "JupyterLab in a real browser: open a stage's notebook, Run All Cells with its smoke parameters, see it finish."
+
 import json
 import sys
 import time
@@ -25,7 +26,9 @@ def run_all(page: Page, seconds: float) -> list[dict]:
         assert not errors, errors
         if all(c["count"] for c in cells):
             return cells
-        assert time.monotonic() < end, f"not finished in {seconds} s: {[c['source'] for c in cells if not c['count']][:1]}"
+        assert time.monotonic() < end, (
+            f"not finished in {seconds} s: {[c['source'] for c in cells if not c['count']][:1]}"
+        )
         page.wait_for_timeout(500)
 
 
@@ -33,15 +36,33 @@ def test_run_all_cells(tmp_path: Path) -> None:
     project = copy_project(tmp_path / "project")
     before = (project / NOTEBOOK).read_bytes()
     port, token = free_port(), "llmops-test"
-    homes = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={project}",
-               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    homes = {
+        name: str(tmp_path / name)
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={project}",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
     url = f"http://127.0.0.1:{port}"
     with served(command, f"{url}/api", project, {**copy_env(project), **homes}), browser_page() as (page, _):
         page.goto(f"{url}/lab/tree/{NOTEBOOK}?token={token}&reset")
         page.locator(".jp-Notebook").wait_for(timeout=60_000)
-        page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=60_000)
+        page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'", timeout=60_000
+        )
         cells = run_all(page, 420)
         assert cells[-1]["count"] == len(cells)
         page.locator(".jp-Notebook").press("Control+s")

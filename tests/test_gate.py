@@ -1,4 +1,5 @@
 """The gate as its users meet it: from a script, from a page, and when somebody compares what cannot be compared."""
+
 import json
 import shutil
 import subprocess
@@ -11,12 +12,13 @@ from conftest import ROOT
 from test_judges import judging
 
 from llmops.foundation.artifacts import seal, resolve_source
-from llmops.decision.gate import VOLATILE_FILES, GateParams, gate
-from llmops.judging.human import HumanParams, make_study
-from llmops.decision.leaderboard import read_evaluation, tiny_evaluations
-from llmops.evaluation.metrics import EvaluationError
-from llmops.judging.offline import FACTS, read_pairs
-from llmops.judging.rating import cast, open_box, state
+from llmops.decision.gate import VOLATILE_FILES, GateParams, run_gate
+from llmops.judging.human import KIND, HumanParams, run_human
+from llmops.foundation.evaluations import read_evaluation
+from llmops.evaluation.tiny_versions import tiny_evaluations
+from llmops.foundation.stats import EvaluationError
+from llmops.judging.labels import FACTS, read_pairs
+from llmops.judging.votes import open_study, rater_state, record_vote
 
 
 def changed(name: str, to: Path, rewrite: Any) -> Path:
@@ -45,25 +47,31 @@ def params(tmp: Path, **values: Any) -> GateParams:
     return GateParams(**{"out": str(tmp / "gate"), "history": "", "wandb": "disabled", "resamples": 199, **values})
 
 
-@pytest.mark.parametrize("values, word", [({"max_new_tokens": 99}, "max_new_tokens"), ({"rows_digest": "other"}, "rows_digest"),
-                                          ({"decoding": "sampled"}, "decoding")])
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"max_new_tokens": 99}, "max_new_tokens"),
+        ({"rows_digest": "other"}, "rows_digest"),
+        ({"decoding": "sampled"}, "decoding"),
+    ],
+)
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, values: dict[str, Any], word: str) -> None:
     other = changed("qlora", tmp_path / "other", lambda f: settings(f, **values))
     with pytest.raises(EvaluationError, match=word):
-        gate(params(tmp_path, current=str(other)))
+        run_gate(params(tmp_path, current=str(other)))
     assert not (tmp_path / "gate").exists()
 
 
 def test_a_missing_score_is_no_zero(tmp_path: Path) -> None:
     other = changed("qlora", tmp_path / "other", lambda f: predictions(f, lambda r: r | {"f1": float("nan")}))
-    found = gate(params(tmp_path, current=str(other), margins={"f1": 0.05, "exact_match": 1.0}))
+    found = run_gate(params(tmp_path, current=str(other), margins={"f1": 0.05, "exact_match": 1.0}))
     assert (found.verdict, [c.outcome for c in found.checks]) == ("hold", ["missing", "pass"])
     assert "a missing score is no zero" in found.reasons[0]
 
 
 def test_a_figure_that_was_not_measured_holds(tmp_path: Path) -> None:
     other = changed("qlora", tmp_path / "other", lambda f: (f / "metrics.json").write_text("{}"))
-    found = gate(params(tmp_path, candidate=str(other), margins={"decode_tokens_per_second": 0.1}))
+    found = run_gate(params(tmp_path, candidate=str(other), margins={"decode_tokens_per_second": 0.1}))
     assert (found.verdict, found.checks[0].outcome) == ("hold", "missing")
 
 
@@ -72,28 +80,79 @@ def test_every_verdict_has_its_exit_code(tmp_path: Path) -> None:
         return row | {"f1": 1.0, "exact_match": True, "prediction": row["gold"]}
 
     better = changed("qlora", tmp_path / "better", lambda f: predictions(f, right))
-    notebook = ROOT / "nbs/06_decision/03_gate.ipynb"
+    notebook = ROOT / "nbs/06_decision/06_gate.ipynb"
     said = {}
-    for name, (candidate, current, least) in {"ship": (better, better, 5), "reject": ("tiny:qlora", better, 5), "hold": (better, better, 500)}.items():
+    for name, (candidate, current, min_rows) in {
+        "ship": (better, better, 5),
+        "reject": ("tiny:qlora", better, 5),
+        "hold": (better, better, 500),
+    }.items():
         out = tmp_path / name
-        subprocess.run([sys.executable, "-m", "papermill", "--engine", "llmops", str(notebook), str(tmp_path / f"{name}.ipynb"), "-p", "candidate", str(candidate),
-                        "-p", "current", str(current), "-p", "out", str(out), "-p", "history", str(tmp_path / "history.jsonl"), "-p", "wandb", "disabled",
-                        "-p", "least", str(least), "-y", "margins: {f1: 0.05, exact_match: 0.05}"], check=True, cwd=ROOT, capture_output=True)
-        done = subprocess.run([sys.executable, "-m", "llmops.decision.gate", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "papermill",
+                "--engine",
+                "llmops",
+                str(notebook),
+                str(tmp_path / f"{name}.ipynb"),
+                "-p",
+                "candidate",
+                str(candidate),
+                "-p",
+                "current",
+                str(current),
+                "-p",
+                "out",
+                str(out),
+                "-p",
+                "history",
+                str(tmp_path / "history.jsonl"),
+                "-p",
+                "wandb",
+                "disabled",
+                "-p",
+                "min_rows",
+                str(min_rows),
+                "-y",
+                "margins: {f1: 0.05, exact_match: 0.05}",
+            ],
+            check=True,
+            cwd=ROOT,
+            capture_output=True,
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "llmops.decision.gate", str(out)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.stdout.startswith(name.upper()), done.stdout + done.stderr
         said[name] = done.returncode
         assert f"<h1 class={name}>" in (out / "report.html").read_text()
     assert said == {"ship": 0, "hold": 3, "reject": 4}
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
-    nowhere = subprocess.run([sys.executable, "-m", "llmops.decision.gate", str(tmp_path / "nowhere")], cwd=ROOT, capture_output=True, text=True, check=False)
+    nowhere = subprocess.run(
+        [sys.executable, "-m", "llmops.decision.gate", str(tmp_path / "nowhere")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert nowhere.returncode == 1 and "not an artifact" in nowhere.stderr and "Traceback" not in nowhere.stderr
 
 
 def test_the_same_gate_has_the_same_digest(tmp_path: Path) -> None:
     digests = []
     for n in range(2):
-        made = gate(params(tmp_path, out=str(tmp_path / str(n))))
-        digests.append(seal(made.work, tmp_path / str(n), "gate", "llmops.decision.gate", {}, made.inputs, volatile=VOLATILE_FILES)["digest"])
+        made = run_gate(params(tmp_path, out=str(tmp_path / str(n))))
+        digests.append(
+            seal(
+                made.work, tmp_path / str(n), "gate", "llmops.decision.gate", {}, made.inputs, volatile=VOLATILE_FILES
+            )["digest"]
+        )
     assert digests[0] == digests[1]
 
 
@@ -105,11 +164,23 @@ def oracle(prefers: set[str]) -> Any:
         shown = json.loads(body["messages"][1]["content"])
         good = [shown[side] in (prefers if "reference answer" in shown else true) for side in "AB"]
         return {"verdict": "tie" if good[0] == good[1] else "A" if good[0] else "B"}
+
     return script
 
 
 def judged(tmp: Path, url: str, **values: Any) -> Any:
-    return gate(params(tmp, **{"margins": {"f1": 1.0, "judge preferred": 0.1}, "judge_url": url, "judge_model": "scripted", "resamples": 999} | values))
+    return run_gate(
+        params(
+            tmp,
+            **{
+                "margins": {"f1": 1.0, "judge preferred": 0.1},
+                "judge_url": url,
+                "judge_model": "scripted",
+                "resamples": 999,
+            }
+            | values,
+        )
+    )
 
 
 def test_a_judge_that_agrees_with_people_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +194,12 @@ def test_a_judge_that_agrees_with_people_decides(tmp_path: Path, monkeypatch: py
         assert (turned.verdict, len(judge.bodies)) == ("ship", asked)  # and is not asked the same again
 
 
-def test_a_judge_under_the_floor_informs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weak_judge_informs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(body: dict[str, Any], n: int) -> dict[str, str]:
         "Prefers the version in service, and of two sentences the one that it sees first."
         shown = json.loads(body["messages"][1]["content"])
         return oracle(mine)(body, n) if "reference answer" in shown else {"verdict": "A"}
+
     mine = {p["prediction"] for p in read_evaluation(tiny_evaluations() / "qlora").predictions}
     with judging(first, monkeypatch, tmp_path) as judge:
         found = judged(tmp_path, judge.endpoint.base_url)
@@ -149,15 +221,24 @@ def study(tmp: Path, values: dict[str, Any], prefers: str) -> str:
     cfg = HumanParams(out=str(tmp / "human"), wandb="disabled", resamples=100, comparisons=40, **values)
 
     def made() -> None:
-        done = make_study(cfg)
-        seal(done.work, cfg.out, "study", "llmops.judging.human", {}, done.inputs, done.metrics)
+        done = run_human(cfg)
+        seal(done.work, cfg.out, KIND, "llmops.judging.human", {}, done.inputs, done.metrics)
+
     made()
     texts = {p["prediction"] for p in read_evaluation(tiny_evaluations() / prefers).predictions}
-    with open_box(cfg.out) as (box, _):
+    with open_study(cfg.out) as (opened, _):
         for rater in cfg.raters:
-            while task := state(box, rater)["task"]:
+            while task := rater_state(opened, rater)["task"]:
                 choice = 3 if task["kind"] == "grade" else "A" if task["answers"][0] in texts else "B"
-                cast(box, {"vote": f"{rater}{state(box, rater)['done']}", "rater": rater, "task": task["task"], "choice": choice})
+                record_vote(
+                    opened,
+                    {
+                        "vote": f"{rater}{rater_state(opened, rater)['done']}",
+                        "rater": rater,
+                        "task": task["task"],
+                        "choice": choice,
+                    },
+                )
     made()
     return cfg.out
 
@@ -165,17 +246,21 @@ def study(tmp: Path, values: dict[str, Any], prefers: str) -> str:
 def test_people_decide(tmp_path: Path) -> None:
     rated = study(tmp_path, {"evaluations": ["tiny:qlora", "tiny:qlora-merged-base"], "grades": 12}, "qlora")
     asked = {"people": rated, "margins": {"people preferred": 0.1}, "resamples": 999}
-    assert gate(params(tmp_path, **asked)).verdict == "reject"
-    assert gate(params(tmp_path, **asked, candidate="tiny:qlora", current="tiny:qlora-merged-base")).verdict == "ship"
-    graded = gate(params(tmp_path, people=rated, margins={"people grade": 0.5}, least=2))
+    assert run_gate(params(tmp_path, **asked)).verdict == "reject"
+    assert (
+        run_gate(params(tmp_path, **asked, candidate="tiny:qlora", current="tiny:qlora-merged-base")).verdict == "ship"
+    )
+    graded = run_gate(params(tmp_path, people=rated, margins={"people grade": 0.5}, min_rows=2))
     assert graded.checks[0].candidate == 3.0, graded.reasons  # nobody gave anything else
     with pytest.raises(EvaluationError, match="not about these answers of base"):
-        gate(params(tmp_path, **asked, current="tiny:base"))
+        run_gate(params(tmp_path, **asked, current="tiny:base"))
 
 
 def test_a_study_without_votes_is_refused(tmp_path: Path) -> None:
-    cfg = HumanParams(out=str(tmp_path / "human"), wandb="disabled", evaluations=["tiny:qlora", "tiny:qlora-merged-base"])
-    made = make_study(cfg)
-    seal(made.work, cfg.out, "study", "llmops.judging.human", {}, made.inputs, made.metrics)
+    cfg = HumanParams(
+        out=str(tmp_path / "human"), wandb="disabled", evaluations=["tiny:qlora", "tiny:qlora-merged-base"]
+    )
+    made = run_human(cfg)
+    seal(made.work, cfg.out, KIND, "llmops.judging.human", {}, made.inputs, made.metrics)
     with pytest.raises(EvaluationError, match="nobody has voted"):
-        gate(params(tmp_path, people=cfg.out, margins={"people preferred": 0.1}))
+        run_gate(params(tmp_path, people=cfg.out, margins={"people preferred": 0.1}))

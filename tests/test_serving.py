@@ -1,4 +1,5 @@
 """The repack is exact, and the server is one that an OpenAI client can rely on."""
+
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import torch
 from openai import APIConnectionError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from llmops.foundation.artifacts import begin_artifact, input_digest, seal, verify
-from llmops.compression.quantization import QuantizationParams, finish, rtn
-from llmops.compression.repack import RepackError, checkpoint_tensors, compare, gptq_weight, repack
-from llmops.deployment.serving import ServingError, ServingParams, main, running, serve_winner
-from llmops.foundation.models import load, load_tokenizer, tiny
+from llmops.compression.quantization import QuantizationParams, quantize_rtn, write_checkpoint
+from llmops.compression.repack import RepackError, checkpoint_tensors, gptq_weight, repack_checkpoint, unequal_tensors
+from llmops.deployment.serving import KIND, VOLATILE_FILES, ServingError, ServingParams, main, run_server, run_serving
+from llmops.foundation.models import load_model, load_tokenizer
+from llmops.foundation.tiny import tiny_model
 from llmops.foundation.project import project_root
 
 HELLO = [{"role": "user", "content": "Who wrote the letter?"}]
@@ -30,7 +32,7 @@ def quantize(arch: str, out: Path, **settings) -> Path:
     code = f"""
 import os; os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 from gptqmodel import GPTQModel, QuantizeConfig
-model = GPTQModel.load({str(tiny(arch))!r}, QuantizeConfig(bits=4, sym=True, **{settings!r}), device="cpu")
+model = GPTQModel.load({str(tiny_model(arch))!r}, QuantizeConfig(bits=4, sym=True, **{settings!r}), device="cpu")
 model.quantize(["The letter was written by a clerk in the winter of 1911, and nobody read it."] * 8, batch_size=1)
 model.save({str(out)!r})
 """
@@ -43,8 +45,8 @@ def rounded(arch: str, out: Path, group_size: int = 32) -> Path:
     "Plain rounding in GPTQ's format, as the quantisation stage writes it."
     out.mkdir()
     cfg = QuantizationParams(method="rtn", group_size=group_size)
-    rtn(tiny(arch), out, cfg)
-    finish(tiny(arch), out, cfg, load_tokenizer(tiny(arch)))
+    quantize_rtn(tiny_model(arch), out, cfg)
+    write_checkpoint(tiny_model(arch), out, cfg, load_tokenizer(tiny_model(arch)))
     return out
 
 
@@ -54,14 +56,14 @@ def gptq(tmp_path_factory):
 
 
 def test_repack_of_a_gptqmodel_checkpoint_is_exact(gptq, tmp_path):
-    types = repack(gptq, tmp_path / "model.gguf")
+    types = repack_checkpoint(gptq, tmp_path / "model.gguf")
     assert types["Q4_0"] == 14 and sum(types.values()) == 20  # two layers of seven; embedding and five norms
-    assert compare(gptq, tmp_path / "model.gguf") == []
+    assert unequal_tensors(gptq, tmp_path / "model.gguf") == []
 
 
 def test_our_dequantisation_is_gptqmodels(gptq):
     "The comparison would prove little if both sides of it were only ours."
-    model, _ = load(gptq, dtype="float32")
+    model, _ = load_model(gptq, dtype="float32")
     layers, checked = dict(model.named_modules()), 0
     for name, parts in checkpoint_tensors(gptq):
         if "qweight" in parts and hasattr(layers[name], "dequantize_weight"):
@@ -77,13 +79,19 @@ def test_our_dequantisation_is_gptqmodels(gptq):
 def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tmp_path):
     "Names, row order, rotary settings and biases are right when both engines say the same."
     from llmops.deployment.gateway import llamacpp_server
+
     folder = rounded(arch, tmp_path / arch)
-    repack(folder, tmp_path / "model.gguf")
+    repack_checkpoint(folder, tmp_path / "model.gguf")
     server = llamacpp_server(tmp_path / "model.gguf", arch, 256, 1, 1)
     rng = np.random.default_rng(0)
     rows = [rng.integers(20, 40000, 24).tolist() for _ in range(6)]
-    found = [server.handle_completions({"prompt": r, "max_tokens": 1, "temperature": 0, "logprobs": 5})["choices"][0]["logprobs"] for r in rows]
-    model = plain_model(folder, tiny(arch))
+    found = [
+        server.handle_completions({"prompt": r, "max_tokens": 1, "temperature": 0, "logprobs": 5})["choices"][0][
+            "logprobs"
+        ]
+        for r in rows
+    ]
+    model = plain_model(folder, tiny_model(arch))
     agree = []
     for row, said in zip(rows, found, strict=True):
         with torch.inference_mode():
@@ -95,7 +103,7 @@ def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tm
 
 def plain_model(folder: Path, base: Path):
     "The checkpoint's weights in plain float32 layers."
-    model, _ = load(base, dtype="float32")
+    model, _ = load_model(base, dtype="float32")
     state = model.state_dict()
     for name, parts in checkpoint_tensors(folder):
         if "qweight" in parts:
@@ -106,22 +114,22 @@ def plain_model(folder: Path, base: Path):
 def test_what_has_no_exact_form_is_refused_and_leaves_nothing(gptq, tmp_path):
     ordered = quantize("llama", tmp_path / "ordered", group_size=32, desc_act=True)
     with pytest.raises(RepackError, match="act-order"):
-        repack(ordered, tmp_path / "no.gguf")
+        repack_checkpoint(ordered, tmp_path / "no.gguf")
     config = json.loads((ordered / "config.json").read_text())
     config["quantization_config"]["desc_act"] = False  # the flag lies; the tensors do not
     (ordered / "config.json").write_text(json.dumps(config))
     try:
-        repack(ordered, tmp_path / "no.gguf")
+        repack_checkpoint(ordered, tmp_path / "no.gguf")
     except RepackError as e:
         assert "group index is permuted" in str(e)
         assert not (tmp_path / "no.gguf").exists()
     with pytest.raises(RepackError, match="16 is no multiple of Q4_0's 32"):
-        repack(rounded("llama", tmp_path / "g16", 16), tmp_path / "no.gguf")
+        repack_checkpoint(rounded("llama", tmp_path / "g16", 16), tmp_path / "no.gguf")
     with pytest.raises(RepackError, match="falcon is not one of"):
         other = shutil.copytree(gptq, tmp_path / "falcon")
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps(config | {"model_type": "falcon"}))
-        repack(other, tmp_path / "no.gguf")
+        repack_checkpoint(other, tmp_path / "no.gguf")
     assert not list(tmp_path.glob("*.gguf"))
 
 
@@ -130,6 +138,7 @@ def test_name_and_licence_come_from_the_gguf_that_the_base_came_from(gptq, tmp_p
 
     from llmops.foundation.artifacts import EMBEDDED_MODEL, resolve_source
     from llmops.compression.repack import base_gguf, gguf_fields
+
     base, made = tmp_path / "base", tmp_path / "gptq"
     work = begin_artifact(base)
     (work / "config.json").write_text("{}")
@@ -138,27 +147,31 @@ def test_name_and_licence_come_from_the_gguf_that_the_base_came_from(gptq, tmp_p
     shutil.copytree(gptq, work, dirs_exist_ok=True)
     seal(work, made, "gptq", "llmops.compression.quantization", {}, {"model": base})
     assert base_gguf(made) == resolve_source(EMBEDDED_MODEL) and base_gguf(gptq) is None
-    repack(made, tmp_path / "model.gguf")
+    repack_checkpoint(made, tmp_path / "model.gguf")
     fields = gguf_fields(tmp_path / "model.gguf", "general.")
     assert fields["general.license"][0] == "apache-2.0"
     assert fields["general.file_type"][0] == int(gguf.LlamaFileType.MOSTLY_Q4_0)
 
 
 def test_one_changed_scale_is_found(gptq, tmp_path):
-    repack(gptq, tmp_path / "model.gguf")
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
     data = bytearray((tmp_path / "model.gguf").read_bytes())
     data[-40] ^= 1
     (tmp_path / "model.gguf").write_bytes(data)
-    assert len(compare(gptq, tmp_path / "model.gguf")) == 1
+    assert len(unequal_tensors(gptq, tmp_path / "model.gguf")) == 1
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
 def served(out: Path, **params):
-    cfg = ServingParams(out=str(out), questions=1, max_tokens=8, speed_tokens=4, threads=1, **{"wandb": "disabled", **params})
-    made = serve_winner(cfg)
-    manifest = seal(made.work, cfg.out, "served", "llmops.deployment.serving", cfg, made.inputs, made.metrics, ("answers.json",))
+    cfg = ServingParams(
+        out=str(out), questions=1, max_tokens=8, speed_tokens=4, threads=1, **{"wandb": "disabled", **params}
+    )
+    made = run_serving(cfg)
+    manifest = seal(
+        made.work, cfg.out, KIND, "llmops.deployment.serving", cfg, made.inputs, made.metrics, VOLATILE_FILES
+    )
     return made, manifest
 
 
@@ -167,16 +180,20 @@ def stages(gptq, tmp_path_factory):
     home = tmp_path_factory.mktemp("served")
     winner = home / "leaderboard"
     work = begin_artifact(winner)
-    (work / "winner.json").write_text(json.dumps({"version": "tiny-gptq", "ref": str(gptq), "digest": input_digest(gptq)}))
+    (work / "winner.json").write_text(
+        json.dumps({"version": "tiny-gptq", "ref": str(gptq), "digest": input_digest(gptq)})
+    )
     seal(work, winner, "leaderboard", "llmops.decision.leaderboard", {})
-    return {"llamacpp": (home / "fast", *served(home / "fast", model=str(winner))),
-            "transformers": (home / "plain", *served(home / "plain", model="tiny:llama"))}
+    return {
+        "llamacpp": (home / "fast", *served(home / "fast", model=str(winner))),
+        "transformers": (home / "plain", *served(home / "plain", model="tiny:llama")),
+    }
 
 
 @pytest.fixture(scope="module", params=["llamacpp", "transformers"])
 def server(stages, request):
     folder, made, manifest = stages[request.param]
-    with running(folder, threads=1) as (address, process):
+    with run_server(folder, threads=1) as (address, process):
         client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
         yield client, made, manifest, process
 
@@ -192,8 +209,7 @@ def test_stage(stages):
 
 
 def test_stage_gives_the_same_digest_again(stages, gptq, tmp_path):
-    from llmops.compression.repack import repack as again
-    again(gptq, tmp_path / "model.gguf")
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
     assert (tmp_path / "model.gguf").read_bytes() == (stages["llamacpp"][0] / "model.gguf").read_bytes()
 
 
@@ -226,8 +242,12 @@ def test_plain_and_streamed_answers_agree(server):
 
 def test_sampling_stop_and_parts(server):
     client, made, *_ = server
+
     def say(**kwargs):
-        return client.chat.completions.create(**{"model": made.about["model"], "messages": HELLO, "max_tokens": 12} | kwargs)
+        return client.chat.completions.create(
+            **{"model": made.about["model"], "messages": HELLO, "max_tokens": 12} | kwargs
+        )
+
     greedy = say().choices[0].message.content
     assert say(temperature=0).choices[0].message.content == greedy
     warm = [say(temperature=1.5, seed=s).choices[0].message.content for s in (1, 1, 2)]
@@ -235,24 +255,39 @@ def test_sampling_stop_and_parts(server):
     stop = greedy[len(greedy) // 2 :][:3]
     cut = say(stop=[stop])
     assert cut.choices[0].message.content == greedy[: greedy.index(stop)] and cut.choices[0].finish_reason == "stop"
-    assert say(messages=[{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"]}]}]).choices[0].message.content == greedy
+    assert (
+        say(messages=[{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"]}]}])
+        .choices[0]
+        .message.content
+        == greedy
+    )
 
 
-@pytest.mark.parametrize("wrong, error, says", [
-    ({"messages": []}, BadRequestError, "messages"),
-    ({"messages": [{"role": "king", "content": "x"}]}, BadRequestError, "messages.0.role"),
-    ({"messages": [{"role": "user", "content": 7}]}, BadRequestError, "messages.0.content"),
-    ({"model": "gpt-9"}, NotFoundError, "there is no 'gpt-9' here"),
-    ({"temperature": -1}, BadRequestError, "temperature"),
-    ({"max_tokens": 0}, BadRequestError, "max_tokens"),
-    ({"top_p": 0}, BadRequestError, "top_p"),
-    ({"n": 3}, BadRequestError, "n: "),
-    ({"messages": [{"role": "user", "content": "letter " * 3000}]}, BadRequestError, "tokens and the context holds 1024")])
+@pytest.mark.parametrize(
+    "wrong, error, says",
+    [
+        ({"messages": []}, BadRequestError, "messages"),
+        ({"messages": [{"role": "king", "content": "x"}]}, BadRequestError, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 7}]}, BadRequestError, "messages.0.content"),
+        ({"model": "gpt-9"}, NotFoundError, "there is no 'gpt-9' here"),
+        ({"temperature": -1}, BadRequestError, "temperature"),
+        ({"max_tokens": 0}, BadRequestError, "max_tokens"),
+        ({"top_p": 0}, BadRequestError, "top_p"),
+        ({"n": 3}, BadRequestError, "n: "),
+        (
+            {"messages": [{"role": "user", "content": "letter " * 3000}]},
+            BadRequestError,
+            "tokens and the context holds 1024",
+        ),
+    ],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_requests_get_openai_errors(server, wrong, error, says, stream):
     client, made, *_ = server
     with pytest.raises(error) as e:
-        client.chat.completions.create(**{"model": made.about["model"], "messages": HELLO, "max_tokens": 4, "stream": stream} | wrong)
+        client.chat.completions.create(
+            **{"model": made.about["model"], "messages": HELLO, "max_tokens": 4, "stream": stream} | wrong
+        )
     assert says in e.value.body["message"] and e.value.body["type"] == "invalid_request_error"
     if "letter letter" in json.dumps(wrong):
         assert e.value.body["code"] == "context_length_exceeded" and e.value.body["param"] == "messages"
@@ -269,9 +304,13 @@ def test_what_is_not_json_and_what_is_not_there(server):
 def test_concurrent_requests(server):
     client, made, *_ = server
     texts, answers = [f"What is {i} and {i}?" for i in range(6)], {}
+
     def ask(text):
-        reply = client.chat.completions.create(model=made.about["model"], messages=[{"role": "user", "content": text}], max_tokens=8)
+        reply = client.chat.completions.create(
+            model=made.about["model"], messages=[{"role": "user", "content": text}], max_tokens=8
+        )
         answers[text] = reply.usage.completion_tokens
+
     threads = [threading.Thread(target=ask, args=(t,)) for t in texts]
     [t.start() for t in threads]
     [t.join() for t in threads]
@@ -280,36 +319,50 @@ def test_concurrent_requests(server):
 
 def test_a_client_that_leaves_does_not_block_the_next(server):
     client, made, *_ = server
-    stream = client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1)
+    stream = client.chat.completions.create(
+        model=made.about["model"], messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1
+    )
     next(iter(stream))
     stream.close()
-    assert client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=2).usage.completion_tokens > 0
+    assert (
+        client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=2).usage.completion_tokens
+        > 0
+    )
 
 
 def test_port_in_use(stages):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "llmops.deployment.serving", str(stages["llamacpp"][0]), "--port", str(port)],
-                              cwd=project_root(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-m", "llmops.deployment.serving", str(stages["llamacpp"][0]), "--port", str(port)],
+            cwd=project_root(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 1
-        assert done.stderr.strip() == (f"error: port {port}: cannot be used (Address already in use); "
-                                       "end the program that has it or choose another with --port")
-        with pytest.raises(ServingError, match="cannot be used"), running(stages["llamacpp"][0], port):
+        assert done.stderr.strip() == (
+            f"error: port {port}: cannot be used (Address already in use); "
+            "end the program that has it, or choose another with --port (0 for any)"
+        )
+        with pytest.raises(ServingError, match="cannot be used"), run_server(stages["llamacpp"][0], port):
             pass
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_ends_cleanly(stages, end):
-    with running(stages["llamacpp"][0], threads=1) as (address, process):
+    with run_server(stages["llamacpp"][0], threads=1) as (address, process):
         OpenAI(base_url=address, api_key="none").models.list()
         process.send_signal(end)
         assert process.wait(20) == 0
 
 
 def test_killed_server(stages):
-    with running(stages["llamacpp"][0], threads=1) as (address, process):
+    with run_server(stages["llamacpp"][0], threads=1) as (address, process):
         client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=20)
-        stream = client.chat.completions.create(model="tiny-gptq", messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1)
+        stream = client.chat.completions.create(
+            model="tiny-gptq", messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1
+        )
         next(iter(stream))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -332,8 +385,13 @@ def test_altered_or_missing_artifact_is_not_served(stages, tmp_path, capsys):
 
 def test_the_log_has_no_content(stages):
     folder = stages["llamacpp"][0]
-    process = subprocess.Popen([sys.executable, "-m", "llmops.deployment.serving", str(folder), "--port", "0"], cwd=project_root(),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmops.deployment.serving", str(folder), "--port", "0"],
+        cwd=project_root(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     line = next(x for x in process.stdout if x.startswith("serving "))
     client = OpenAI(base_url=line.split()[-1], api_key="none")
     client.chat.completions.create(model="tiny-gptq", messages=[{"role": "user", "content": "xyzzy"}], max_tokens=2)

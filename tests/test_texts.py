@@ -1,4 +1,5 @@
 """Text metrics against the libraries that define them, on 1,000 random cases each, and what they cost."""
+
 import importlib.util
 import math
 import random
@@ -13,10 +14,38 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics.pairwise import cosine_similarity
 
 from llmops.foundation.artifacts import package_file
-from llmops.evaluation.metrics import EvaluationError, answer_f1, exact_match
-from llmops.evaluation.texts import bin_of, bleu, calibration, chrf, corpus_scores, rouge, score_texts, similarity, surprise
+from llmops.foundation.answers import answer_f1, exact_match
+from llmops.foundation.stats import EvaluationError
+from llmops.evaluation.calibration import assign_bins, calibration_report
+from llmops.evaluation.texts import (
+    corpus_scores,
+    cosine_similarities,
+    perplexity_scores,
+    rouge_scores,
+    score_texts,
+    sentence_bleu,
+    sentence_chrf,
+)
 
-ENGLISH = ["the", "a", "The", "tower", "Tower.", "10th-century", "1,200", "o'clock", "it's", "(north)", "and", "_x_", "$5", "U.S.", "\n", "cat", "cats"]
+ENGLISH = [
+    "the",
+    "a",
+    "The",
+    "tower",
+    "Tower.",
+    "10th-century",
+    "1,200",
+    "o'clock",
+    "it's",
+    "(north)",
+    "and",
+    "_x_",
+    "$5",
+    "U.S.",
+    "\n",
+    "cat",
+    "cats",
+]
 KOREAN = ["서울은", "서울", "수도이다", "수도", "대한민국의", "한국", "1988년", "올림픽", ".", "東京", "ソウル"]
 
 
@@ -25,7 +54,9 @@ def pairs(words: list[str], seed: int, cases: int = 1000) -> list[tuple[str, str
     some = random.Random(seed)
     golds = [" ".join(some.choices(words, k=some.randint(1, 12))) for _ in range(cases)]
     keep = [" ".join(w if some.random() < 0.7 else some.choice(words) for w in g.split()) for g in golds]
-    return [("" if i % 97 == 0 else g if i % 31 == 0 else k, g) for i, (k, g) in enumerate(zip(keep, golds, strict=True))]
+    return [
+        ("" if i % 97 == 0 else g if i % 31 == 0 else k, g) for i, (k, g) in enumerate(zip(keep, golds, strict=True))
+    ]
 
 
 def test_f1_and_exact_match_are_the_squad_script_s() -> None:
@@ -34,8 +65,13 @@ def test_f1_and_exact_match_are_the_squad_script_s() -> None:
     assert spec and spec.loader
     squad = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(squad)
-    cases = [(p, g) for seed in (9, 10) for words in (ENGLISH, KOREAN) for p, g in pairs(words, seed, 400)
-             if squad.normalize_answer(p) and squad.normalize_answer(g)]
+    cases = [
+        (p, g)
+        for seed in (9, 10)
+        for words in (ENGLISH, KOREAN)
+        for p, g in pairs(words, seed, 400)
+        if squad.normalize_answer(p) and squad.normalize_answer(g)
+    ]
     assert len(cases) > 1000
     for p, g in cases:
         assert answer_f1(p, g) == pytest.approx(squad.f1_abstractive([p], [g]), abs=1e-6), (p, g)
@@ -46,7 +82,7 @@ def test_rouge_is_the_library_s_on_english() -> None:
     reference = RougeScorer(["rouge1", "rouge2", "rougeL"])
     for p, g in pairs(ENGLISH, 1):
         expected = {k: s.fmeasure for k, s in reference.score(g, p).items()}
-        assert rouge(p, g) == pytest.approx(expected, abs=1e-6), (p, g)
+        assert rouge_scores(p, g) == pytest.approx(expected, abs=1e-6), (p, g)
 
 
 def test_rouge_sees_korean_where_the_library_sees_nothing() -> None:
@@ -54,19 +90,23 @@ def test_rouge_sees_korean_where_the_library_sees_nothing() -> None:
     assert np.mean([reference.score(g, p)["rouge1"].fmeasure > 0 for p, g in cases]) < 0.6  # only digits are left
     letters = lambda text: {c for c in text if c.isalnum()}  # noqa: E731
     for p, g in cases:
-        assert (rouge(p, g)["rouge1"] > 0) == bool(letters(p) & letters(g)), (p, g)
-        assert rouge(unicodedata.normalize("NFD", p), g) == rouge(p, g)
+        assert (rouge_scores(p, g)["rouge1"] > 0) == bool(letters(p) & letters(g)), (p, g)
+        assert rouge_scores(unicodedata.normalize("NFD", p), g) == rouge_scores(p, g)
 
 
 @pytest.mark.parametrize(("words", "tokenize"), [(ENGLISH, "13a"), (KOREAN, "char"), (KOREAN, "intl")])
 def test_bleu_and_chrf_are_sacrebleu_s(words: list[str], tokenize: str) -> None:
     cases = pairs(words, 3)
     for p, g in cases:
-        assert bleu(p, g, tokenize) * 100 == pytest.approx(sacrebleu.sentence_bleu(p, [g], tokenize=tokenize).score, abs=1e-6)
-        assert chrf(p, g) * 100 == pytest.approx(sacrebleu.sentence_chrf(p, [g]).score, abs=1e-6)
+        assert sentence_bleu(p, g, tokenize) * 100 == pytest.approx(
+            sacrebleu.sentence_bleu(p, [g], tokenize=tokenize).score, abs=1e-6
+        )
+        assert sentence_chrf(p, g) * 100 == pytest.approx(sacrebleu.sentence_chrf(p, [g]).score, abs=1e-6)
     said, golds = [p for p, _ in cases], [g for _, g in cases]
     found = corpus_scores(said, golds, tokenize)
-    assert found["corpus_bleu"] * 100 == pytest.approx(sacrebleu.corpus_bleu(said, [golds], tokenize=tokenize).score, abs=1e-6)
+    assert found["corpus_bleu"] * 100 == pytest.approx(
+        sacrebleu.corpus_bleu(said, [golds], tokenize=tokenize).score, abs=1e-6
+    )
     assert found["corpus_chrf"] * 100 == pytest.approx(sacrebleu.corpus_chrf(said, [golds]).score, abs=1e-6)
 
 
@@ -82,7 +122,7 @@ def test_similarity_is_scikit_learn_s_cosine() -> None:
         return np.stack([known[t] for t in texts])
 
     expected = [cosine_similarity([known[p]], [known[g]])[0, 0] for p, g in zip(said, golds, strict=True)]
-    assert similarity(said, golds, encode) == pytest.approx(expected, abs=1e-6)
+    assert cosine_similarities(said, golds, encode) == pytest.approx(expected, abs=1e-6)
     assert len(asked) == len(set(asked)) == len(set(said + golds))  # each text once
 
 
@@ -103,13 +143,13 @@ def test_calibration_is_the_definition_and_scikit_learn_s() -> None:
         n, bins = int(rng.integers(1, 60)), int(rng.integers(1, 20))
         p = rng.choice([rng.random(n), np.round(rng.random(n), 1)])  # edges too
         right = (rng.random(n) < p).astype(float)
-        found = calibration(p, right, bins, draws=1)
+        found = calibration_report(p, right, bins, draws=1)
         assert found["ece"] == pytest.approx(ece_as_defined(p, right, bins), abs=1e-6)
         accuracy, confidence = calibration_curve(right, p, n_bins=bins)
         assert [r["accuracy"] for r in found["table"]] == pytest.approx(list(accuracy), abs=1e-6)
         assert [r["confidence"] for r in found["table"]] == pytest.approx(list(confidence), abs=1e-6)
         assert sum(r["answers"] for r in found["table"]) == n
-    assert (bin_of(np.array([0.0, 1.0]), 5) == [0, 4]).all()
+    assert (assign_bins(np.array([0.0, 1.0]), 5) == [0, 4]).all()
 
 
 def test_a_calibrated_model_stays_within_chance() -> None:
@@ -117,20 +157,23 @@ def test_a_calibrated_model_stays_within_chance() -> None:
     above = 0
     for i in range(200):
         p = rng.random(60)
-        found = calibration(p, rng.random(60) < p, seed=i, draws=199)
+        found = calibration_report(p, rng.random(60) < p, seed=i, draws=199)
         above += found["ece"] > found["ece_by_chance"]
     assert 2 <= above <= 22  # 5% of 200 is 10
 
 
-def test_surprise_is_lm_eval_s() -> None:
+def test_perplexity_and_bits_per_byte_are_lm_eval_s() -> None:
     from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+
     rng = np.random.default_rng(7)
     for _ in range(1000):
         logprobs = [list(-rng.random(int(rng.integers(1, 30))) * 9) for _ in range(int(rng.integers(1, 6)))]
         texts = ["".join(random.Random(int(rng.integers(1e9))).choices("abé서 ", k=12)) for _ in logprobs]
-        found = surprise(logprobs, texts)
+        found = perplexity_scores(logprobs, texts)
         sums = [sum(x) for x in logprobs]
-        assert found["perplexity"] == pytest.approx(weighted_perplexity(list(zip(sums, map(len, logprobs), strict=True))), rel=1e-6)
+        assert found["perplexity"] == pytest.approx(
+            weighted_perplexity(list(zip(sums, map(len, logprobs), strict=True))), rel=1e-6
+        )
         size = [len(t.encode()) for t in texts]
         assert found["bits_per_byte"] == pytest.approx(bits_per_byte(list(zip(sums, size, strict=True))), rel=1e-6)
 
@@ -144,7 +187,10 @@ def test_many_rows_are_scored_in_seconds() -> None:
     assert score_texts(rows)[1] == summary
 
 
-@pytest.mark.parametrize("bad", [{"id": 1, "gold": "x"}, {"id": 1, "gold": "x", "prediction": float("nan")}, {"gold": "x", "prediction": "y"}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"id": 1, "gold": "x"}, {"id": 1, "gold": "x", "prediction": float("nan")}, {"gold": "x", "prediction": "y"}],
+)
 def test_a_missing_answer_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(EvaluationError, match="row 2"):
         score_texts([{"id": 0, "gold": "x", "prediction": "y"}, bad])

@@ -15,15 +15,19 @@ from llmops.foundation.tracking import track
 with track("demo", {"out": "runs/demo", "wandb": sys.argv[1], "api_key": "hush-hush-hush"}) as run:
     run.log({"loss": 0.5}); run.log({"loss": 0.25, "hf_token": "hush-hush-hush"})
     run.table("answers", [{"a": 1}, {"a": "text"}]); run.artifact("runs/base", "abc")
-print("done", sorted(run.metrics), run.wandb.settings.sync_file if run.wandb else None)
+print("done", sorted(run.metrics), run.worker.run.settings.sync_file if run.worker.run else None)
 """
 
 
 def tracked(folder: Path, mode: str = "offline", **env: str) -> subprocess.CompletedProcess:
     (folder / "settings.ini").write_text("[DEFAULT]\nlib_path = demo\n")
     env = {**{k: v for k, v in os.environ.items() if not k.startswith("WANDB")}, "HOME": str(folder / "home"), **env}
-    ran = subprocess.run([sys.executable, "-c", RUN, mode], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.startswith("done ['cpu_seconds', 'peak_memory_mb', 'seconds']"), ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, mode], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0 and ran.stdout.startswith("done ['cpu_seconds', 'peak_memory_mb', 'seconds']"), (
+        ran.stderr
+    )
     return ran
 
 
@@ -44,7 +48,9 @@ def test_an_offline_run_is_grouped_and_stays_in_its_folder(tmp_path):
     assert not ran.stderr
 
 
-@pytest.mark.parametrize("case", ["wandb does not import", "no folder to write to", "no key and no network", "disabled"])
+@pytest.mark.parametrize(
+    "case", ["wandb does not import", "no folder to write to", "no key and no network", "disabled"]
+)
 def test_a_run_goes_on_without_tracking(tmp_path, case):
     env, mode, says = {}, "offline", "tracking is off for this run"
     if case == "wandb does not import":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compensation import unpack_codes
 from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, resolve_source
 from ..foundation.project import resolve_path
 
@@ -20,23 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['FAMILIES', 'SPLITS', 'RepackError', 'unpack_codes', 'q4_0_blocks', 'interleave_heads', 'read_config',
-           'check_settings', 'gptq_layer', 'dense_tensor', 'checkpoint_tensors', 'rotary_heads', 'gguf_tensors',
-           'tokenizer_fields', 'base_gguf', 'gguf_fields', 'model_fields', 'write_fields', 'repack', 'gptq_weight',
-           'compare']
-
-# %% ../../nbs/07_compression/04_repack.ipynb #5055c974
-class RepackError(ValueError):
-    "A checkpoint that GGUF cannot hold without changing its weights."
-
-# %% ../../nbs/07_compression/04_repack.ipynb #8500a5b5
-def unpack_codes(
-    qweight: np.ndarray,  # int32 [inputs / 8, outputs], as GPTQ stores it
-) -> np.ndarray:  # uint8 [outputs, inputs], values 0..15
-    "The four-bit codes of a GPTQ layer, one row per output."
-    import numpy as np
-    codes = (qweight.view(np.uint32)[:, None, :] >> np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]) & 15
-    return np.ascontiguousarray(codes.reshape(-1, qweight.shape[1]).T.astype(np.uint8))
+__all__ = ['FAMILIES', 'SPLITS', 'GENERATED', 'q4_0_blocks', 'interleave_heads', 'RepackError', 'read_config',
+           'quantization_faults', 'architecture_faults', 'check_settings', 'read_gptq_layer', 'dense_tensor',
+           'checkpoint_tensors', 'rotary_heads', 'TensorNames', 'gguf_tensors', 'bpe_spec', 'token_table',
+           'tokenizer_fields', 'base_gguf', 'gguf_fields', 'model_fields', 'add_fields', 'copy_fields', 'write_fields',
+           'write_gguf', 'gptq_weight', 'read_tensor', 'same_bits', 'unequal_tensors', 'repack_checkpoint']
 
 # %% ../../nbs/07_compression/04_repack.ipynb #9ebbd0e8
 def q4_0_blocks(
@@ -61,10 +50,11 @@ def interleave_heads(
     return np.ascontiguousarray(
         rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
 
-# %% ../../nbs/07_compression/04_repack.ipynb #28d0fb60
-FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}  # transformers' model_type -> llama.cpp's architecture
-
 # %% ../../nbs/07_compression/04_repack.ipynb #acdae042
+class RepackError(ValueError):
+    "A checkpoint that GGUF cannot hold without changing its weights."
+
+
 def read_config(
     folder: str | Path,  # a model folder
 ) -> dict[str, Any]:  # its config.json
@@ -74,35 +64,51 @@ def read_config(
         raise RepackError(f"{path}: no such file; expected the folder of a GPTQ checkpoint")
     return json.loads(path.read_text(encoding="utf-8"))
 
+# %% ../../nbs/07_compression/04_repack.ipynb #28d0fb60
+def quantization_faults(
+    settings: dict[str, Any],  # a config's `quantization_config`
+) -> Iterator[tuple[bool, str]]:  # whether something is wrong, and what
+    "What Q4_0 asks of a checkpoint's quantisation."
+    group_size, checkpoint_format = settings.get("group_size"), settings.get("checkpoint_format", "gptq")
+    method, bits = settings.get("quant_method"), settings.get("bits")
+    yield method != "gptq", f"it is not a GPTQ checkpoint (quant_method: {method})"
+    yield bits != 4, f"Q4_0 has 4 bits a weight, this checkpoint {bits}"
+    yield (settings.get("sym") is not True,
+           "Q4_0 has its zero point fixed at 8, this checkpoint is asymmetric (sym: false)")
+    yield (bool(settings.get("desc_act")), "with act-order (desc_act: true) neighbouring inputs belong to different "
+           "groups; a Q4_0 block has one scale for 32 neighbours")
+    yield (group_size or 0) % 32 != 0 and group_size != -1, f"group_size {group_size} is no multiple of Q4_0's 32"
+    yield bool(settings.get("dynamic")), "its layers have different settings (dynamic)"
+    yield checkpoint_format not in ("gptq", "gptq_v2"), f"unknown checkpoint_format {checkpoint_format}"
+
+# %% ../../nbs/07_compression/04_repack.ipynb #a470918c
+FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2"}  # transformers' model_type -> GGUF architecture
+
+
+def architecture_faults(
+    config: dict[str, Any],  # a model's config.json
+) -> Iterator[tuple[bool, str]]:  # whether something is wrong, and what
+    "What llama.cpp's architectures have no exact form for."
+    arch, activation = config.get("model_type"), config.get("hidden_act", "silu")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    yield arch not in FAMILIES, f"architecture {arch} is not one of {', '.join(FAMILIES)}"
+    yield rope.get("rope_type", rope.get("type", "default")) != "default", "its rotary embedding is scaled"
+    yield (bool(window) and window < config.get("max_position_embeddings", 0), "its attention has a sliding window")
+    yield activation != "silu", f"activation {activation} is not silu"
+
 # %% ../../nbs/07_compression/04_repack.ipynb #c41785b3
 def check_settings(
     config: dict[str, Any],  # a model's config.json
 ) -> None:
     "Raise `RepackError` with the reason when these settings have no exact form in GGUF Q4_0."
-    q = config.get("quantization_config") or {}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    refuse = [
-        (q.get("quant_method") != "gptq", f"it is not a GPTQ checkpoint (quant_method: {q.get('quant_method')})"),
-        (q.get("bits") != 4, f"Q4_0 has 4 bits a weight, this checkpoint {q.get('bits')}"),
-        (q.get("sym") is not True, "Q4_0 has its zero point fixed at 8, this checkpoint is asymmetric (sym: false)"),
-        (bool(q.get("desc_act")), "with act-order (desc_act: true) neighbouring inputs belong to different groups; "
-                                  "a Q4_0 block has one scale for 32 neighbours"),
-        ((q.get("group_size") or 0) % 32 != 0 and q.get("group_size") != -1,
-         f"group_size {q.get('group_size')} is no multiple of Q4_0's 32"),
-        (bool(q.get("dynamic")), "its layers have different settings (dynamic)"),
-        (q.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"), f"unknown checkpoint_format {q.get('checkpoint_format')}"),
-        (config.get("model_type") not in FAMILIES,
-         f"architecture {config.get('model_type')} is not one of {', '.join(FAMILIES)}"),
-        (rope.get("rope_type", rope.get("type", "default")) != "default", "its rotary embedding is scaled"),
-        (bool(window) and window < config.get("max_position_embeddings", 0), "its attention has a sliding window"),
-        (config.get("hidden_act", "silu") != "silu", f"activation {config.get('hidden_act')} is not silu")]
-    for wrong, reason in refuse:
+    faults = [*quantization_faults(config.get("quantization_config") or {}), *architecture_faults(config)]
+    for wrong, reason in faults:
         if wrong:
             raise RepackError(f"cannot be repacked exactly: {reason}")
 
 # %% ../../nbs/07_compression/04_repack.ipynb #a0f8ac14
-def gptq_layer(
+def read_gptq_layer(
     name: str,  # the layer's name, for messages
     parts: dict[str, torch.Tensor],  # its qweight, qzeros, scales and, where stored, g_idx
     stored_zero: int,  # how the zero point 8 is written: 7 in the v1 format, 8 in v2
@@ -110,20 +116,19 @@ def gptq_layer(
     "The codes and scales of one GPTQ layer. Raises `RepackError` when Q4_0 cannot hold them."
     import numpy as np
     import torch
-    codes = unpack_codes(parts["qweight"].numpy())
-    scales = parts["scales"].to(torch.float16)
+    codes, scales = unpack_codes(parts["qweight"], 4).numpy().T, parts["scales"].to(torch.float16)
     inputs, groups = codes.shape[1], scales.shape[0]
-    order = parts.get("g_idx", torch.arange(inputs) // (inputs // groups))
-    zeros = parts["qzeros"].numpy().view(np.uint32)
+    in_order = torch.arange(inputs) // (inputs // groups)
     if inputs % groups or (inputs // groups) % 32:
         raise RepackError(f"{name}: {inputs} inputs in {groups} groups: the groups are no multiple of Q4_0's 32")
-    if not torch.equal(order.long(), torch.arange(inputs) // (inputs // groups)):
-        raise RepackError(f"{name}: its group index is permuted (act-order); a Q4_0 block has one scale for 32 neighbours")
-    if (zeros != 0x11111111 * stored_zero).any():
+    if not torch.equal(parts.get("g_idx", in_order).long(), in_order):
+        raise RepackError(f"{name}: its group index is permuted (act-order); "
+                          "a Q4_0 block has one scale for 32 neighbours")
+    if (parts["qzeros"].numpy().view(np.uint32) != 0x11111111 * stored_zero).any():
         raise RepackError(f"{name}: not every zero point is 8")
     if not torch.equal(scales.to(parts["scales"].dtype), parts["scales"]) or not scales.isfinite().all():
         raise RepackError(f"{name}: a group's scale does not fit fp16")
-    return codes, np.ascontiguousarray(scales.numpy().T)
+    return np.ascontiguousarray(codes), np.ascontiguousarray(scales.numpy().T)
 
 # %% ../../nbs/07_compression/04_repack.ipynb #76016443
 def dense_tensor(
@@ -143,7 +148,7 @@ def dense_tensor(
 # %% ../../nbs/07_compression/04_repack.ipynb #478f7e02
 def checkpoint_tensors(
     folder: Path,  # a GPTQ checkpoint
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:  # name and parts: `weight`, or `qweight`, `qzeros`, `scales` and `g_idx`
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:  # name and parts: `weight`, or the four of a GPTQ layer
     "Walk a checkpoint's safetensors files layer by layer, in the order of their names."
     from safetensors import safe_open
     layers: dict[str, dict[str, Any]] = {}
@@ -167,33 +172,54 @@ def rotary_heads(
     heads = config["num_attention_heads"]
     return {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
 
+# %% ../../nbs/07_compression/04_repack.ipynb #793859bb
+class TensorNames:
+    "What the tensors of a checkpoint are called in GGUF."
+    def __init__(self,
+        config: dict[str, Any],  # a model's config.json
+    ) -> None:
+        import gguf
+        self.arch = gguf.MODEL_ARCH[FAMILIES[config["model_type"]]]
+        self.names = gguf.get_tensor_name_map(self.arch, config["num_hidden_layers"])
+        self.tied = bool(config.get("tie_word_embeddings"))
+        self.heads = rotary_heads(config)
+
+    def gguf_name(self,
+        name: str,  # a layer's name, or a bias's
+    ) -> str:  # with `.weight` or `.bias` at the end
+        "Raises `RepackError` when llama.cpp has no such tensor."
+        layer, kind = name.removesuffix(".bias"), "bias" if name.endswith(".bias") else "weight"
+        target = self.names.get_name(layer)
+        if target is None:
+            raise RepackError(f"{name}: llama.cpp's {self.arch.name.lower()} has no such tensor")
+        return f"{target}.{kind}"
+
+    def reordered_heads(self,
+        name: str,  # a layer's name, or a bias's
+    ) -> int:  # heads in its rows; 0 where llama.cpp keeps the order
+        "Whether, and how, llama.cpp reorders the rows."
+        return self.heads.get(name.removesuffix(".bias").rpartition(".")[2], 0)
+
 # %% ../../nbs/07_compression/04_repack.ipynb #9d20251d
 def gguf_tensors(
     folder: Path,  # a GPTQ checkpoint
     config: dict[str, Any],  # its config.json
 ) -> Iterator[tuple[str, np.ndarray, str]]:  # GGUF name, data, and the name of the GGUF type
     "Every tensor of a checkpoint the way GGUF stores it."
-    import gguf
-    arch = gguf.MODEL_ARCH[FAMILIES[config["model_type"]]]
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = TensorNames(config)
     stored_zero = 8 if config["quantization_config"].get("checkpoint_format") == "gptq_v2" else 7
-    heads = rotary_heads(config)
     for name, parts in checkpoint_tensors(folder):
-        layer, kind = name.removesuffix(".bias"), "bias" if name.endswith(".bias") else "weight"
-        if layer == "lm_head" and config.get("tie_word_embeddings"):
+        if name == "lm_head" and names.tied:
             continue  # a copy of the embedding that some readers want stored
-        target = names.get_name(layer)
-        if target is None:
-            raise RepackError(f"{name}: llama.cpp's {arch.name.lower()} has no such tensor")
-        n = heads.get(layer.rpartition(".")[2])
+        target, heads = names.gguf_name(name), names.reordered_heads(name)
         if "qweight" in parts:
-            codes, scales = gptq_layer(name, parts, stored_zero)
-            if n:
-                codes, scales = interleave_heads(codes, n), interleave_heads(scales, n)
-            yield f"{target}.weight", q4_0_blocks(codes, scales), "Q4_0"
+            codes, scales = read_gptq_layer(name, parts, stored_zero)
+            if heads:
+                codes, scales = interleave_heads(codes, heads), interleave_heads(scales, heads)
+            yield target, q4_0_blocks(codes, scales), "Q4_0"
         else:
-            data, dtype = dense_tensor(name, parts[kind])
-            yield f"{target}.{kind}", interleave_heads(data, n) if n else data, dtype
+            data, dtype = dense_tensor(name, next(iter(parts.values())))
+            yield target, interleave_heads(data, heads) if heads else data, dtype
 
 # %% ../../nbs/07_compression/04_repack.ipynb #208512cb
 SPLITS = {  # how text is split before BPE -> llama.cpp's name for it; the longer patterns go first
@@ -202,31 +228,51 @@ SPLITS = {  # how text is split before BPE -> llama.cpp's name for it; the longe
     '"Digits"': "smollm",
     '"ByteLevel"': "gpt-2"}
 
-# %% ../../nbs/07_compression/04_repack.ipynb #9c15868d
-def tokenizer_fields(
+
+def bpe_spec(
     tokenizer: PreTrainedTokenizerBase,  # the model's tokenizer
-    rows: int,  # rows of the embedding; ids past the tokenizer's are marked unused
-) -> dict[str, Any]:  # GGUF key, without `tokenizer.ggml.`, -> value
-    "A byte-level BPE tokenizer as GGUF fields. Raises `RepackError` for any other kind."
-    import gguf
+) -> tuple[dict[str, Any], str]:  # what its tokenizer.json says, and llama.cpp's name for its split
+    "A byte-level BPE tokenizer. Raises `RepackError` for any other kind."
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     split = json.dumps(spec.get("pre_tokenizer"), ensure_ascii=False).replace("\\\\", "\\")
     pre = next((name for pattern, name in SPLITS.items() if pattern in split), None)
     normalizer = (spec.get("normalizer") or {}).get("type")
-    if spec.get("model", {}).get("type") != "BPE" or pre is None or "ByteLevel" not in split or normalizer not in (None, "NFC"):
-        raise RepackError("cannot be repacked exactly: its tokenizer is not a byte-level BPE that llama.cpp has a name for")
+    is_bpe = spec.get("model", {}).get("type") == "BPE" and "ByteLevel" in split
+    if not is_bpe or pre is None or normalizer not in (None, "NFC"):
+        raise RepackError("cannot be repacked exactly: "
+                          "its tokenizer is not a byte-level BPE that llama.cpp has a name for")
+    return spec, pre
+
+# %% ../../nbs/07_compression/04_repack.ipynb #77dfdde4
+def token_table(
+    spec: dict[str, Any],  # what tokenizer.json says
+    rows: int,  # rows of the embedding; ids past the tokenizer's are marked unused
+) -> tuple[list[str], list[int]]:  # the text and the GGUF type of each token
+    "A tokenizer's vocabulary by id."
+    import gguf
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
     for token, i in spec["model"]["vocab"].items():
         tokens[i], types[i] = token, int(gguf.TokenType.NORMAL)
-    for t in spec["added_tokens"]:
-        tokens[t["id"]] = t["content"]
-        types[t["id"]] = int(gguf.TokenType.CONTROL if t["special"] else gguf.TokenType.USER_DEFINED)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
+    for added in spec["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+    return tokens, types
+
+# %% ../../nbs/07_compression/04_repack.ipynb #9c15868d
+def tokenizer_fields(
+    tokenizer: PreTrainedTokenizerBase,  # the model's tokenizer
+    rows: int,  # rows of the embedding
+) -> dict[str, Any]:  # GGUF key, without `tokenizer.ggml.`, -> value
+    "A byte-level BPE tokenizer as GGUF fields. Raises `RepackError` for any other kind."
+    spec, pre = bpe_spec(tokenizer)
+    tokens, types = token_table(spec, rows)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
+    adds_bos = bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
     fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges,
-              "add_bos_token": bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]), "add_space_prefix": False}
+              "add_bos_token": adds_bos, "add_space_prefix": False}
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id,
            "padding": tokenizer.pad_token_id}
-    return fields | {f"{k}_token_id": v for k, v in ids.items() if v is not None}
+    return fields | {f"{name}_token_id": i for name, i in ids.items() if i is not None}
 
 # %% ../../nbs/07_compression/04_repack.ipynb #da9c45c1
 def base_gguf(
@@ -236,7 +282,7 @@ def base_gguf(
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        ref = next((r["ref"] for r in lineage(folder) if str(r["ref"]).endswith(".gguf")), None)
+        ref = next((row["ref"] for row in lineage(folder) if str(row["ref"]).endswith(".gguf")), None)
         return resolve_source(ref) if ref else None
     except ArtifactError:
         return None
@@ -248,7 +294,8 @@ def gguf_fields(
 ) -> dict[str, tuple[Any, list[gguf.GGUFValueType]]]:  # key -> value and its GGUF types
     "The metadata of a GGUF file whose keys start with a prefix."
     import gguf
-    return {k: (f.contents(), f.types) for k, f in gguf.GGUFReader(path).fields.items() if k.startswith(prefix)}
+    fields = gguf.GGUFReader(path).fields
+    return {key: (field.contents(), field.types) for key, field in fields.items() if key.startswith(prefix)}
 
 # %% ../../nbs/07_compression/04_repack.ipynb #c3cb31a0
 def model_fields(
@@ -266,6 +313,37 @@ def model_fields(
         "rope.freq_base": float(theta), "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "vocab_size": config["vocab_size"]}
 
+# %% ../../nbs/07_compression/04_repack.ipynb #da9d8ada
+def add_fields(
+    writer: gguf.GGUFWriter,  # an open writer
+    fields: dict[str, Any],  # key, without the prefix, -> a list, text, number or truth value
+    prefix: str,  # e.g. `tokenizer.ggml.`
+) -> None:
+    "Write fields, with the GGUF type that follows from each value's own."
+    import gguf
+    types = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32,
+             str: gguf.GGUFValueType.STRING}
+    for key, value in fields.items():
+        if isinstance(value, list):
+            writer.add_array(prefix + key, value)
+        else:
+            writer.add_key_value(prefix + key, value, types[type(value)])
+
+# %% ../../nbs/07_compression/04_repack.ipynb #5b80928f
+GENERATED = ("general.architecture", "general.file_type", "general.quantization_version", "tokenizer.chat_template")
+
+
+def copy_fields(
+    writer: gguf.GGUFWriter,  # an open writer
+    origin: Path,  # a GGUF file
+    prefixes: list[str],  # e.g. `general.`
+) -> None:
+    "Copy metadata from another file, but for what is written anew."
+    for prefix in prefixes:
+        for key, (value, types) in gguf_fields(origin, prefix).items():
+            if key not in GENERATED:
+                writer.add_key_value(key, value, types[0], types[1] if len(types) > 1 else None)
+
 # %% ../../nbs/07_compression/04_repack.ipynb #cb85d89d
 def write_fields(
     writer: gguf.GGUFWriter,  # an open writer
@@ -275,56 +353,39 @@ def write_fields(
     "Write a model's name and licence, its shape and its tokenizer."
     import gguf
     from transformers import AutoTokenizer
-    origin, tokenizer = base_gguf(folder), AutoTokenizer.from_pretrained(folder)
-    skip = ("general.architecture", "general.file_type", "general.quantization_version")
-    kept = {k: v for k, v in (gguf_fields(origin, "general.") if origin else {}).items() if k not in skip}
-    kinds = gguf.GGUFValueType
+    origin, tokenizer, copied = base_gguf(folder), AutoTokenizer.from_pretrained(folder), ["general."]
     try:
-        for key, value in tokenizer_fields(tokenizer, config["vocab_size"]).items():
-            if isinstance(value, list):
-                writer.add_array(f"tokenizer.ggml.{key}", value)
-            else:
-                kind = {bool: kinds.BOOL, int: kinds.UINT32, str: kinds.STRING}[type(value)]
-                writer.add_key_value(f"tokenizer.ggml.{key}", value, kind)
-    except RepackError:
+        add_fields(writer, tokenizer_fields(tokenizer, config["vocab_size"]), "tokenizer.ggml.")
+    except RepackError:  # another kind of tokenizer: as the base's file has it, where there is one
         if not origin:
             raise
-        kept |= {k: v for k, v in gguf_fields(origin, "tokenizer.").items() if k != "tokenizer.chat_template"}
-    for key, (value, types) in kept.items():
-        writer.add_key_value(key, value, types[0], types[1] if len(types) > 1 else None)
-    for key, number in model_fields(config).items():
-        writer.add_key_value(f"{writer.arch}.{key}", number, kinds.FLOAT32 if isinstance(number, float) else kinds.UINT32)
+        copied.append("tokenizer.")
+    if origin:
+        copy_fields(writer, origin, copied)
+    add_fields(writer, model_fields(config), f"{writer.arch}.")
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-# %% ../../nbs/07_compression/04_repack.ipynb #91a978c6
-def repack(
-    folder: str | Path,  # a GPTQ checkpoint
-    out: str | Path,  # the GGUF file to write
+# %% ../../nbs/07_compression/04_repack.ipynb #06f358dc
+def write_gguf(
+    folder: Path,  # a GPTQ checkpoint
+    out: Path,  # the GGUF file to write
+    config: dict[str, Any],  # the checkpoint's config.json
 ) -> dict[str, int]:  # GGUF type -> number of tensors
-    "Write a GPTQ checkpoint as GGUF without changing a weight. Raises `RepackError` when that is not possible."
+    "Write metadata and tensors."
     import gguf
-    folder, out = resolve_path(folder), resolve_path(out)
-    config = read_config(folder)
-    try:
-        check_settings(config)
-        writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[FAMILIES[config["model_type"]]]])
-        write_fields(writer, folder, config)
-        types: dict[str, int] = {}
-        for name, data, dtype in gguf_tensors(folder, config):
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[dtype])
-            types[dtype] = types.get(dtype, 0) + 1
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        if unequal := compare(folder, out):
-            raise RepackError(f"written, and not equal: {', '.join(unequal[:5])}")
-    except RepackError as e:
-        out.unlink(missing_ok=True)
-        raise RepackError(f"{folder.name}: {e}") from None
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[TensorNames(config).arch])
+    write_fields(writer, folder, config)
+    types: dict[str, int] = {}
+    for name, data, dtype in gguf_tensors(folder, config):
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[dtype])
+        types[dtype] = types.get(dtype, 0) + 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return dict(sorted(types.items()))
 
 # %% ../../nbs/07_compression/04_repack.ipynb #a278ba62
@@ -335,36 +396,71 @@ def gptq_weight(
     "A GPTQ layer's weights by the book: `scale[g] * (code - zero[g])`, with g the group index of each input."
     import numpy as np
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    q, z = (parts[k].numpy().view(np.uint32) for k in ("qweight", "qzeros"))
-    codes = ((q[:, None, :] >> shifts[:, None]) & 15).reshape(-1, q.shape[1]).astype(np.float32)
-    zeros = ((z[:, :, None] >> shifts) & 15).reshape(z.shape[0], -1).astype(np.float32) + zero_offset
+    qweight, qzeros = parts["qweight"].numpy().view(np.uint32), parts["qzeros"].numpy().view(np.uint32)
+    codes = ((qweight[:, None, :] >> shifts[:, None]) & 15).reshape(-1, qweight.shape[1]).astype(np.float32)
+    zeros = ((qzeros[:, :, None] >> shifts) & 15).reshape(qzeros.shape[0], -1).astype(np.float32) + zero_offset
     g = parts["g_idx"].numpy() if "g_idx" in parts else np.arange(len(codes)) // (len(codes) // len(zeros))
     return (parts["scales"].float().numpy()[g] * (codes - zeros[g])).T
 
+# %% ../../nbs/07_compression/04_repack.ipynb #7520f16d
+def read_tensor(
+    tensor: gguf.ReaderTensor,  # as gguf's reader gives it
+    heads: int,  # heads in its rows, where llama.cpp reordered them; 0 elsewhere
+    shape: tuple[int, ...],  # the tensor's shape in transformers
+) -> np.ndarray:  # float32, in transformers' row order
+    "A tensor of a GGUF file as transformers would have it."
+    import gguf
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    if heads and values.shape == shape:
+        values = values.reshape(heads, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    return values
+
+# %% ../../nbs/07_compression/04_repack.ipynb #e340c340
+def same_bits(
+    a: np.ndarray,  # float32
+    b: np.ndarray,  # float32
+) -> bool:  # also False for another shape
+    "Whether two arrays are equal bit for bit."
+    import numpy as np
+    return a.shape == b.shape and not (a.view(np.uint32) != np.ascontiguousarray(b).view(np.uint32)).any()
+
 # %% ../../nbs/07_compression/04_repack.ipynb #e8a4f80e
-def compare(
+def unequal_tensors(
     folder: str | Path,  # a GPTQ checkpoint
     path: str | Path,  # the GGUF file made from it
-) -> list[str]:  # names of the tensors that are missing, extra or not equal bit for bit; empty when the repack is exact
+) -> list[str]:  # names of the tensors that are missing, extra or not equal bit for bit; empty when it is exact
     "Dequantise both files to float32 and compare every tensor."
     import gguf
-    import numpy as np
     folder = resolve_path(folder)
     config = read_config(folder)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[FAMILIES[config["model_type"]]], config["num_hidden_layers"])
-    v1, heads = config["quantization_config"].get("checkpoint_format") != "gptq_v2", rotary_heads(config)
-    there, seen, unequal = {t.name: t for t in gguf.GGUFReader(resolve_path(path)).tensors}, set(), []
+    names, offset = TensorNames(config), int(config["quantization_config"].get("checkpoint_format") != "gptq_v2")
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(resolve_path(path)).tensors}
+    seen, unequal = set(), []
     for name, parts in checkpoint_tensors(folder):
-        layer, kind = name.removesuffix(".bias"), "bias" if name.endswith(".bias") else "weight"
-        if layer == "lm_head" and config.get("tie_word_embeddings"):
-            layer = "model.embed_tokens"  # llama.cpp uses the embedding in its place, so the two must be equal
-        ours = gptq_weight(parts, int(v1)) if "qweight" in parts else parts[kind].float().numpy()
-        target = f"{names.get_name(layer)}.{kind}"
+        if name == "lm_head" and names.tied:
+            name = "model.embed_tokens"  # llama.cpp uses the embedding in its place, so the two must be equal
+        weight = gptq_weight(parts, offset) if "qweight" in parts else next(iter(parts.values())).float().numpy()
+        tensor = written.get(target := names.gguf_name(name))
         seen.add(target)
-        tensor, n = there.get(target), heads.get(layer.rpartition(".")[2])
-        theirs = gguf.dequantize(tensor.data, tensor.tensor_type) if tensor else np.empty(0)
-        if n and theirs.shape == ours.shape:  # llama.cpp's row order back to transformers'
-            theirs = theirs.reshape(n, -1, 2, *ours.shape[1:]).swapaxes(1, 2).reshape(ours.shape)
-        if theirs.shape != ours.shape or (ours.view(np.uint32) != np.ascontiguousarray(theirs).view(np.uint32)).any():
+        if tensor is None or not same_bits(weight, read_tensor(tensor, names.reordered_heads(name), weight.shape)):
             unequal.append(name)
-    return unequal + sorted(set(there) - seen)
+    return unequal + sorted(set(written) - seen)
+
+# %% ../../nbs/07_compression/04_repack.ipynb #91a978c6
+def repack_checkpoint(
+    folder: str | Path,  # a GPTQ checkpoint
+    out: str | Path,  # the GGUF file to write
+) -> dict[str, int]:  # GGUF type -> number of tensors
+    "Write a GPTQ checkpoint as GGUF without changing a weight. Raises `RepackError` when that is not possible."
+    folder, out = resolve_path(folder), resolve_path(out)
+    config = read_config(folder)
+    try:
+        check_settings(config)
+        types = write_gguf(folder, out, config)
+        unequal = unequal_tensors(folder, out)
+        if unequal:
+            raise RepackError(f"written, and not equal: {', '.join(unequal[:5])}")
+    except RepackError as e:
+        out.unlink(missing_ok=True)
+        raise RepackError(f"{folder.name}: {e}") from None
+    return types

@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'DIGE
            'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download', 'resolve_source',
            'begin_artifact', 'write_error_code', 'discard', 'working_folder', 'git_commit', 'folder_digest',
            'input_digest', 'package_versions', 'is_listed', 'hash_files', 'content_digest', 'hash_inputs',
-           'describe_run', 'write_sorted', 'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
+           'describe_run', 'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #226f962b
 import errno
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .project import project_root, redact, relative_path, resolve_path
+from .report import write_json
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #83f72e43
 class ArtifactError(ValueError):
@@ -262,14 +263,6 @@ def describe_run(
             "versions": package_versions(), "git": git_commit()}
 
 # %% ../../nbs/00_foundation/02_artifacts.ipynb #b4363fbf
-def write_sorted(
-    path: Path,  # the file
-    value: Any,  # anything JSON can hold
-) -> None:
-    "Write JSON with sorted keys: the same value always gives the same bytes."
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
 def move_into_place(
     work: Path,  # a finished working folder
     out: Path,  # where it goes
@@ -297,13 +290,13 @@ def seal(
     "Finish an artifact: hash its files, write the manifest and move the folder into place."
     out, work = resolve_path(out), Path(work)
     if metrics is not None:
-        write_sorted(work / "metrics.json", metrics)
+        write_json(work / "metrics.json", metrics, sort_keys=True, ensure_ascii=True)
     files = hash_files(work, (*VOLATILE, *volatile))
     if not files:
         raise ArtifactError(f"{out.name}: the stage wrote no file, so there is nothing to seal")
     manifest = {"kind": kind, "files": files, "volatile": sorted(volatile), "digest": content_digest(kind, files),
                 "inputs": hash_inputs(inputs or {}), **describe_run(stage, params)}
-    write_sorted(work / MANIFEST, manifest)
+    write_json(work / MANIFEST, manifest, sort_keys=True, ensure_ascii=True)
     (work / DIGEST).write_text(manifest["digest"] + "\n")
     move_into_place(work, out)
     return manifest

@@ -135,14 +135,14 @@ def from_cell(
     "The parameters as a notebook or papermill set them. Raises `ParamError` when one is not set."
     fields = [f.name for f in dataclass_fields(params)]  # type: ignore[arg-type]
     if missing := [name for name in fields if name not in names]:
-        raise ParamError(f"{', '.join(missing)}: not set in the cell tagged `parameters`, and {params.__name__} has it; "
-                         f"add `{missing[0]}: type = value  # help`")
+        raise ParamError(f"{', '.join(missing)}: not set in the cell tagged `parameters`, and {params.__name__} has "
+                         f"it; add `{missing[0]}: type = value  # help`")
     return params(**{name: names[name] for name in fields})
 
 # %% ../../nbs/00_foundation/01_project.ipynb #1f46deaf
 def read_params(
     path: str | Path,  # a YAML file with one mapping
-) -> dict[str, Any]:  # the mapping
+) -> dict[str, Any]:  # the mapping; empty for a file that holds comments only
     "Read a parameter file. Raises `ParamError` when it is missing, does not parse, or is not a mapping."
     path = resolve_path(path)
     if not path.is_file():
@@ -153,6 +153,8 @@ def read_params(
         mark = getattr(e, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise ParamError(f"{path}{where}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    if values is None:  # a profile in which nothing differs
+        return {}
     if not isinstance(values, dict):
         raise ParamError(f"{path}: expected one mapping of parameter to value, got {type(values).__name__}")
     return values

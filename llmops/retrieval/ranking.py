@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..evaluation.metrics import EvaluationError, interval
+from ..foundation.stats import EvaluationError, bootstrap_interval
 
 # %% ../../nbs/03_retrieval/06_ranking.ipynb #3adbe6dc
 def recall_at(
@@ -29,7 +29,10 @@ def reciprocal_rank(
 ) -> float:  # 0 (none was found) to 1 (the first one is gold)
     "One divided by the rank of the first gold document (Voorhees, TREC-8 1999)."
     wanted = set(gold)
-    return next((1 / i for i, d in enumerate(ranked, 1) if d in wanted), 0.0)
+    for rank, document in enumerate(ranked, 1):
+        if document in wanted:
+            return 1 / rank
+    return 0.0
 
 # %% ../../nbs/03_retrieval/06_ranking.ipynb #bfc0ebd0
 def ndcg_at(
@@ -39,8 +42,9 @@ def ndcg_at(
 ) -> float:  # 0 to 1
     "Normalised discounted cumulative gain with gains of 0 and 1 (Järvelin and Kekäläinen, 2002)."
     wanted = set(gold)
-    gain = sum(1 / math.log2(i + 1) for i, d in enumerate(ranked[:k], 1) if d in wanted)
-    return gain / sum(1 / math.log2(i + 1) for i in range(1, min(k, len(wanted)) + 1))
+    discounts = [1 / math.log2(rank + 1) for rank in range(1, k + 1)]
+    gain = sum(discount for discount, document in zip(discounts, ranked, strict=False) if document in wanted)
+    return gain / sum(discounts[:len(wanted)])
 
 # %% ../../nbs/03_retrieval/06_ranking.ipynb #60ad8d82
 def score_rankings(
@@ -49,11 +53,15 @@ def score_rankings(
     ks: Sequence[int] = (1, 5, 10),  # where recall is read; nDCG at the last
 ) -> list[dict[str, float]]:  # for each question recall@k, reciprocal_rank and ndcg@k
     "Score every question. Raises `EvaluationError` for one without gold documents: nothing could be found for it."
-    without = [i for i, g in enumerate(gold) if not set(g)]
-    if without:
-        raise EvaluationError(f"gold: question {without[0]} (of {len(without)}) has no gold document; leave it out of a measure of search")
-    return [{**{f"recall@{k}": recall_at(r, g, k) for k in ks}, "reciprocal_rank": reciprocal_rank(r, g),
-             f"ndcg@{ks[-1]}": ndcg_at(r, g, ks[-1])} for r, g in zip(rankings, gold, strict=True)]
+    scores = []
+    for i, (ranked, wanted) in enumerate(zip(rankings, gold, strict=True)):
+        if not set(wanted):
+            raise EvaluationError(f"gold: question {i} has no gold document; leave it out of a measure of search")
+        row = {f"recall@{k}": recall_at(ranked, wanted, k) for k in ks}
+        row["reciprocal_rank"] = reciprocal_rank(ranked, wanted)
+        row[f"ndcg@{ks[-1]}"] = ndcg_at(ranked, wanted, ks[-1])
+        scores.append(row)
+    return scores
 
 # %% ../../nbs/03_retrieval/06_ranking.ipynb #feb748fe
 def summarize_rankings(
@@ -62,8 +70,9 @@ def summarize_rankings(
     resamples: int = 9999,  # bootstrap samples
 ) -> dict[str, Any]:  # recall@k, mrr, ndcg@k, each also with _low and _high (95%), and questions
     "What the questions come to, with intervals over questions."
-    found: dict[str, Any] = {"questions": len(scores)}
+    summary: dict[str, Any] = {"questions": len(scores)}
     for key in scores[0] if scores else ():
         name = "mrr" if key == "reciprocal_rank" else key
-        found |= dict(zip((name, f"{name}_low", f"{name}_high"), interval([s[key] for s in scores], seed, resamples), strict=True))
-    return found
+        mean, low, high = bootstrap_interval([row[key] for row in scores], seed, resamples)
+        summary |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return summary
