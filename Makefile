@@ -22,8 +22,8 @@ setup: $(READY)  ## create .venv and install what the lock files pin
 
 # A failed set-up leaves failed.txt, so that the last line is what to do and not the number of an error.
 NO_PYTHON = $(PYTHON) is not a command here: name a Python 3.11, 3.12 or 3.13, such as `make setup PYTHON=python3.11`
-install = mkdir -p $(2) && rm -f $(2)/failed.txt && if command -v $(PYTHON) >/dev/null; \
-	then $(PYTHON) requirements/install.py $(1) || test -f $(2)/failed.txt; else echo '$(NO_PYTHON)' > $(2)/failed.txt; fi
+install = mkdir -p $(2) && rm -f $(2)/failed.txt && if command -v '$(PYTHON)' >/dev/null; \
+	then '$(PYTHON)' requirements/install.py $(1) || test -f $(2)/failed.txt; else echo '$(NO_PYTHON)' > $(2)/failed.txt; fi
 
 $(VENV)/.installed: requirements/lock.txt requirements/carriers.txt requirements/install.py setup.py settings.ini
 	@$(call install,main,$(VENV))
@@ -98,7 +98,7 @@ browser:  # the browser that the tests drive
 	echo "no Chromium found: install it with your system's package manager; the browser tests need it"
 
 lock:  ## resolve requirements/*.in again into requirements/lock.txt and auto-gptq.txt
-	@$(PYTHON) requirements/install.py lock
+	@'$(PYTHON)' requirements/install.py lock
 
 clean:  ## remove what runs and builds left, keep the environment
 	rm -rf runs _docs _proc build dist
