@@ -10,7 +10,6 @@ __all__ = ['NO_4BIT', 'TOLERANCE', 'KIND', 'check_unquantized', 'TrainedAdapter'
            'run_merging']
 
 # %% ../../nbs/07_compression/01_merging.ipynb #ec9f61fe
-import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..foundation.generation import completion_logprobs
 from ..foundation.models import default_dtype, load_model
 from ..foundation.nf4 import dequantize
 from ..foundation.project import ParamError, from_cell, relative_path, seed_everything, stage_params
+from ..foundation.report import write_json
 from ..foundation.saving import save_model
 from ..foundation.stats import kl_divergence
 from ..foundation.tiny import TINY_ADAPTER
@@ -287,7 +287,7 @@ def run_merging(
         del model  # the check loads it again
         difference, after = verify_merge(before, work, rows, cfg.dtype)
         summary = summarize_ratios(ratios) | {"kl_to_trained": mean_kl(reference, after)}
-        (work / "ratio.json").write_text(json.dumps({"summary": summary, "rows": ratios}, indent=1) + "\n")
+        write_json(work / "ratio.json", {"summary": summary, "rows": ratios}, indent=1, ensure_ascii=True)
     metrics = summary | {"check_difference": difference, "size_mb": size_mb(work)}
     log.summary(metrics)
     log.table("ratio", ratios)

@@ -34,7 +34,7 @@ from ..foundation.generation import generate_scored
 from ..foundation.models import load_model
 from ..foundation.project import from_cell, resolve_path, seed_everything, stage_params
 from ..foundation.reading import Row, read_rows, write_jsonl
-from ..foundation.report import markdown_table, write_json
+from ..foundation.report import format_number, markdown_table, write_json
 from ..foundation.stats import bootstrap_interval
 from ..foundation.tracking import UNTRACKED, Run, track
 from .grounding import (
@@ -508,7 +508,7 @@ def interval_text(
     "A figure with its interval in words."
     if name not in scores:
         return ""
-    return f"{scores[name]:.3f} ({scores[f'{name}_low']:.3f} to {scores[f'{name}_high']:.3f})"
+    return format_number(scores[name], interval=(scores[f"{name}_low"], scores[f"{name}_high"]))
 
 
 def answer_table(

@@ -7,7 +7,6 @@ __all__ = ['SCORES', 'TRIALS', 'PairedDraw', 'draw_pair', 'PairedMetric', 'check
            'read_predictions', 'read_metrics', 'run_study', 'main']
 
 # %% ../../nbs/11_studies/04_gate_power.ipynb #1664e4e5
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..decision.comparison import Check, CheckOptions, check_scores, decide_outcomes, overall_verdict
 from ..foundation.stats import EvaluationError
 from ..foundation.project import read_params, resolve_path
+from ..foundation.report import write_json
 from ..foundation.reading import read_rows
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def main(
     results = run_study(metrics, (100, len(next(iter(metrics.values())).first), 400, 800))
     out = resolve_path(file)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(out, results, indent=1, ensure_ascii=True)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a program, and not as this notebook

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..foundation.project import resolve_path
-from ..foundation.report import save_svg, write_json
+from ..foundation.report import format_number, save_svg, write_json
 
 # %% ../../nbs/11_studies/07_lifecycle.ipynb #4fd644dc
 def read_figures(
@@ -31,7 +31,7 @@ def with_interval(
     name: str = "f1",  # which of them
 ) -> str:  # e.g. `0.305 (0.251 to 0.359)`
     "A score and its 95% interval in words."
-    return f"{scores[name]:.3f} ({scores[f'{name}_low']:.3f} to {scores[f'{name}_high']:.3f})"
+    return format_number(scores[name], interval=(scores[f"{name}_low"], scores[f"{name}_high"]))
 
 # %% ../../nbs/11_studies/07_lifecycle.ipynb #3e3a6106
 def data_step(
