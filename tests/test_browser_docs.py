@@ -91,7 +91,7 @@ def test_quarto_is_used_when_it_is_there(project: Path, tmp_path: Path) -> None:
     quarto.write_text('#!/bin/sh\ntest -f _quarto.yml -a -f sidebar.yml -a "$1" = render || exit 3\nmkdir -p _docs\n')
     quarto.chmod(0o755)
     shutil.copytree(project / "_proc", tmp_path / "_proc")
-    code = "from pathlib import Path; from llmops.tools.site import render; print(render(Path('_proc').resolve()))"
+    code = "from pathlib import Path; from llmops.tools.site import render_site; print(render_site(Path('_proc').resolve()))"
     env = copy_env(project)
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
 

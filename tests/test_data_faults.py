@@ -176,7 +176,7 @@ def test_no_such_data(tmp_path: Path) -> None:
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no .jsonl, .csv, .parquet file matches"):
+    with pytest.raises(DataError, match="no .jsonl, .csv, .parquet, .json, .tsv, .ndjson file matches"):
         run_datasets(DatasetsParams(data=str(tmp_path), out=str(tmp_path / "out"), **SMALL))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, seal, resolve_source, verify
+from llmops.foundation.artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, begin_artifact, seal, resolve_source, verify
 from llmops.foundation.curation import benchmark_texts, jaccard, normalize_text, find_overlaps, shingles
 from llmops.foundation.datasets import DatasetsParams, DatasetsResult, run_datasets
 from llmops.foundation.project import read_params
@@ -298,7 +298,7 @@ def test_forgotten_traced_and_erased(project: Path, capsys: pytest.CaptureFixtur
     found = trace_row("ann EXAMPLE", history=False).rows
     asked = found[0]["id"]
     split = found[0]["split"]
-    (work := project / "runs/.partial/adapter").mkdir(parents=True)
+    work = begin_artifact("runs/adapter")
     (work / "w").write_text("w")
     seal(work, "runs/adapter", "adapter", "llmops.foundation.versions", {}, {"data": "runs/data"})
     assert [(r["artifact"], r["state"], r["splits"]) for r in trace_row(asked).artifacts] == [

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings as examples
+from hypothesis import strategies as st
 from test_judges import judging
 
 from llmops.foundation.artifacts import seal, resolve_source
 from llmops.decision.gate import VOLATILE_FILES, GateParams, run_gate
+from llmops.decision.gate_checks import check_figure
+from llmops.decision.gate_report import describe_check
 from llmops.judging.human import KIND, HumanParams, run_human
 from llmops.foundation.evaluations import read_evaluation
 from llmops.evaluation.tiny_versions import tiny_evaluations
@@ -264,3 +268,17 @@ def test_a_study_without_votes_is_refused(tmp_path: Path) -> None:
     seal(made.work, cfg.out, KIND, "llmops.judging.human", {}, made.inputs, made.metrics)
     with pytest.raises(EvaluationError, match="nobody has voted"):
         run_gate(params(tmp_path, people=cfg.out, margins={"people preferred": 0.1}))
+
+
+FIGURES = st.sampled_from([0.0, -0.0]) | st.floats(0, 1e12, allow_subnormal=False)
+
+
+@given(name=st.sampled_from(["size_mb", "decode_tokens_per_second"]), candidate=FIGURES, current=FIGURES)
+@examples(derandomize=True, deadline=None, max_examples=100)
+def test_every_figure_that_was_measured_is_compared(name: str, candidate: float, current: float) -> None:
+    check = check_figure(name, candidate, current, 0.1)
+    worse = candidate > current if name == "size_mb" else candidate < current
+    assert check.outcome in ("pass", "worse") and "no such figure" not in describe_check(check)
+    assert worse or check.outcome == "pass"
+    assert not worse or current or check.outcome == "worse"  # of 0 there is no share that may be lost
+    json.dumps(check.difference, allow_nan=False)

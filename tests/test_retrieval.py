@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmops.retrieval import answering, retrieval
+from llmops.retrieval import grounded_answers, retrieval
 from llmops.retrieval import index as indexing
 from llmops.retrieval import search as searching
 from llmops.retrieval.chunking import chunk_document, embedding_tokenizer
@@ -35,7 +35,7 @@ from llmops.retrieval.index import (
     delete_documents,
     stored_documents,
 )
-from llmops.retrieval.ingestion import Document, IngestError
+from llmops.retrieval.documents import Document, IngestError
 from llmops.retrieval.retrieval import RetrievalParams, run_retrieval
 from llmops.retrieval.search import QueryError, unique_documents, search
 from llmops.foundation.artifacts import ArtifactError, resolve_source
@@ -590,10 +590,10 @@ def test_an_answer_can_be_looked_up_in_the_version_it_was_made_from(copied, monk
 
     index, (model, tokenizer) = copied(), load_model("tiny:llama")
     question, texts = "Which rule of document 1 holds on day 4?", {d.id: d.text for d in edition(0)}
-    real = answering.answer_question(question, index, model, tokenizer, max_new_tokens=4)
+    real = grounded_answers.answer_question(question, index, model, tokenizer, max_new_tokens=4)
     assert real.used and all(texts[c.document][c.start : c.end] == c.quote for c in real.citations)
-    monkeypatch.setattr(answering, "generate_scored", lambda *_, **__: [("rule 4 holds on day 4", -0.1)])
-    told = answering.answer_question(question, index, model, tokenizer, threshold=0.5)
+    monkeypatch.setattr(grounded_answers, "generate_scored", lambda *_, **__: [("rule 4 holds on day 4", -0.1)])
+    told = grounded_answers.answer_question(question, index, model, tokenizer, threshold=0.5)
     upsert_documents(index, edition(1))
     then = open_index(index.path, index.encoder, version=told.index_version)
     for c in told.citations:
@@ -603,7 +603,7 @@ def test_an_answer_can_be_looked_up_in_the_version_it_was_made_from(copied, monk
         )
         assert texts[c.document][c.start : c.end] == c.quote == "rule 4 holds on day 4"
     assert {c.document for c in told.citations} <= set(told.used) and told.citations
-    assert answering.answer_question(question, index, model, tokenizer, threshold=0.95).text == "unknown"
+    assert grounded_answers.answer_question(question, index, model, tokenizer, threshold=0.95).text == "unknown"
 
 
 # The multilingual model

@@ -1,5 +1,6 @@
 """The repack is exact, and the server is one that an OpenAI client can rely on."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -19,10 +20,14 @@ from openai import APIConnectionError, BadRequestError, InternalServerError, Not
 from llmops.foundation.artifacts import begin_artifact, input_digest, seal, verify
 from llmops.compression.quantization import QuantizationParams, quantize_rtn, write_checkpoint
 from llmops.compression.repack import RepackError, checkpoint_tensors, gptq_weight, repack_checkpoint, unequal_tensors
+from llmops.deployment.llamacpp import LlamaCppEngine, llamacpp_server
+from llmops.deployment.requests import ApiError, ChatRequest
+from llmops.deployment.token_prompts import gguf_control_tokens
 from llmops.deployment.serving import KIND, VOLATILE_FILES, ServingError, ServingParams, main, run_server, run_serving
 from llmops.foundation.models import load_model, load_tokenizer
 from llmops.foundation.tiny import tiny_model
 from llmops.foundation.project import project_root
+from llmops.studies.soak import draw_leavers, soak_leavers, soak_sequences
 
 HELLO = [{"role": "user", "content": "Who wrote the letter?"}]
 
@@ -78,8 +83,6 @@ def test_our_dequantisation_is_gptqmodels(gptq):
 @pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2"])
 def test_llamacpp_reads_the_repack_as_transformers_reads_the_checkpoint(arch, tmp_path):
     "Names, row order, rotary settings and biases are right when both engines say the same."
-    from llmops.deployment.gateway import llamacpp_server
-
     folder = rounded(arch, tmp_path / arch)
     repack_checkpoint(folder, tmp_path / "model.gguf")
     server = llamacpp_server(tmp_path / "model.gguf", arch, 256, 1, 1)
@@ -317,17 +320,110 @@ def test_concurrent_requests(server):
     assert sorted(answers) == sorted(texts) and all(0 < n <= 8 for n in answers.values())
 
 
-def test_a_client_that_leaves_does_not_block_the_next(server):
+def test_the_next_request_is_answered_whoever_left_before(server):
+    client, made, _, process = server
+    found = soak_leavers(address_of(client), made.about["model"], process.pid, draw_leavers(24, seed=5, longest=0.3))
+    assert found["unanswered"] == 0 and found["slowest_seconds"] < 2, found
+    assert found["still_running"] == 0 and found["more_threads"] <= 0 and found["more_files"] <= 0, found
+
+
+@pytest.mark.parametrize("clients", [1, 4, 16])
+def test_requests_in_a_row(server, clients):
+    found = soak_sequences(address_of(server[0]), clients, requests=34, pauses=1, seed=clients, longest=0.5)
+    assert found["failed"] == 0, found
+
+
+def test_a_plain_answer_that_nobody_waits_for_is_not_computed(gptq, tmp_path):
+    "With a context in which llama.cpp would write for a long while."
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
+    server = llamacpp_server(tmp_path / "model.gguf", "m", 100_000, 1, 1, str(tmp_path / "up.sock"))
+    engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
+    request = ChatRequest(model="m", messages=HELLO, max_tokens=90_000, ignore_eos=True)
+
+    async def main() -> None:
+        for stays in (0.02, 0.3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine(request), stays)
+            async with asyncio.timeout(2):
+                while (await engine.check_health())["running"]:
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+
+
+TURNS = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "How is the weather?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+    },
+    {"role": "tool", "content": "sunny", "tool_call_id": "call_1"},
+]
+NOTHING = dict.fromkeys(["temperature", "top_p", "n", "stream", "stop", "seed", "tools", "response_format", "user"])
+
+
+def test_what_openai_accepts_is_accepted(server):
     client, made, *_ = server
-    stream = client.chat.completions.create(
-        model=made.about["model"], messages=HELLO, max_tokens=900, stream=True, temperature=2, seed=1
-    )
-    next(iter(stream))
-    stream.close()
-    assert (
-        client.chat.completions.create(model=made.about["model"], messages=HELLO, max_tokens=2).usage.completion_tokens
-        > 0
-    )
+    ask = {"model": made.about["model"], "messages": HELLO, "max_tokens": 4}
+    plain = post(client, ask)
+    assert "x-ignored-fields" not in plain.headers
+    for more in (NOTHING, {"response_format": {"type": "text"}, "tool_choice": "none"}, {"reasoning_effort": "low"}):
+        same = post(client, ask | more)
+        assert same.status_code == 200, same.text
+        assert same.json()["choices"] == plain.json()["choices"]
+        assert same.headers.get("x-ignored-fields") == ("reasoning_effort" if "reasoning_effort" in more else None)
+    turns = post(client, ask | {"messages": TURNS})
+    assert turns.status_code == 200, turns.text
+    dropped = post(client, ask | {"messages": [*TURNS[:2], {"role": "assistant", "content": ""}, TURNS[3]]})
+    assert turns.json()["usage"]["prompt_tokens"] > dropped.json()["usage"]["prompt_tokens"]  # the call is shown
+    refused = post(client, ask | {"temprature": 0.5})
+    assert refused.status_code == 400 and "temprature: the" in refused.json()["error"]["message"]
+
+
+def test_places_and_methods(server):
+    client, made, *_ = server
+    name, base = made.about["model"], str(client.base_url)
+    assert client.models.retrieve(name).id == name
+    assert [httpx.head(f"{base}models{slash}").status_code for slash in ("", "/", f"/{name}")] == [200, 200, 200]
+    page = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    allowed = httpx.options(f"{base}chat/completions", headers=page)
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == page["Origin"]
+    assert httpx.options(f"{base}chat/completions").status_code == 204
+
+
+def test_what_a_template_refuses_is_the_clients_fault(gptq, tmp_path):
+    folder = shutil.copytree(gptq, tmp_path / "strict")
+    rule = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = rule + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    repack_checkpoint(folder, tmp_path / "model.gguf")
+    server = llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / "up.sock"))
+    request = ChatRequest(model="m", messages=[{"role": "system", "content": "Be brief."}], max_tokens=2)
+    engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
+    with pytest.raises(ApiError, match="does not take these turns: System role not supported") as e:
+        asyncio.run(engine(request))
+    assert e.value.status == 400
+
+
+def test_an_engine_that_is_dead_is_not_well(gptq, tmp_path):
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
+    server = llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / "up.sock"))
+    engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
+    assert asyncio.run(engine.check_health()) == {"running": 0}
+    del server
+    with pytest.raises(ServingError, match="llama.cpp does not answer"):
+        asyncio.run(engine.check_health())
+
+
+def address_of(client: OpenAI) -> str:
+    return str(client.base_url).rstrip("/")
+
+
+def post(client: OpenAI, body: dict) -> httpx.Response:
+    return httpx.post(f"{client.base_url}chat/completions", json=body, timeout=60)
 
 
 def test_port_in_use(stages):

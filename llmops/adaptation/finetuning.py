@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from .cpu_training import use_matmul_attention, use_quick_lora
+from ..foundation.architectures import describe_experts, describe_fused, linear_modules
 from ..foundation.artifacts import begin_artifact, input_digest, json_digest, package_versions, seal
+from ..foundation.chat import encode_text
 from ..foundation.checkpoints import model_path
 from ..foundation.console import quiet_transformers
 from ..foundation.datasets import dataset_path, read_split
@@ -169,7 +171,7 @@ def training_rows(
         return rows
 
     def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(encode_text(tokenizer, text))
 
     data, retrieved = relative_path(inputs.data), relative_path(inputs.retrieved)
     with_passages = retrieved_rows(data, split, retrieved, cfg.context_tokens, count_tokens)
@@ -215,19 +217,18 @@ def target_modules(
     targets: str,  # names separated by commas, or `all-linear`
 ) -> list[str]:  # the names of the modules that get an adapter
     "Which linear layers get an adapter. Raises `ParamError` naming the ones that there are."
-    import torch
-    head, known = model.get_output_embeddings(), set()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            known.add(name.rsplit(".", 1)[-1])
+    known = {name.rpartition(".")[2] for name in linear_modules(model)}
+    if not known:
+        raise ParamError(f"model: {type(model).__name__} has no linear layers, so no adapter can be put on them")
     names = known if targets == "all-linear" else {target.strip() for target in targets.split(",") if target.strip()}
     unknown = sorted(names - known) or ([] if names else ["nothing"])
     if unknown:
+        reasons = "".join(f"; {text}" for text in (describe_fused(known), describe_experts(model)) if text)
         raise ParamError(f"targets: the model has no linear layer named {', '.join(unknown)}; "
-                         f"it has {', '.join(sorted(known))} (or all-linear)")
+                         f"it has {', '.join(sorted(known))} (or all-linear){reasons}")
     return sorted(names)
 
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #3ae405cf
+# %% ../../nbs/02_adaptation/01_finetuning.ipynb #a21c1c71
 @dataclass
 class TrainableModel:
     "What a trainer needs of a model."
@@ -250,6 +251,9 @@ def open_model(
     if not torch.cuda.is_available():
         use_matmul_attention(model)
     names = target_modules(model, cfg.targets)
+    for text in (describe_fused(set(names)), describe_experts(model)):
+        if text:
+            print(text)
     return TrainableModel(model, tokenizer, LoraConfig(
         task_type="CAUSAL_LM", r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=names))
 
@@ -486,18 +490,19 @@ def last_checkpoint(
 def open_work(
     out: str,  # where the artifact will be
     fingerprint: str,  # the run's
+    params: Any = None,  # the stage's parameters, which the artifact is going to record
 ) -> tuple[Path, Path | None]:  # working folder, and the checkpoint to continue from
     "The working folder, cleared when what it holds is from another run."
-    work = begin_artifact(out, resume=True)
+    work = begin_artifact(out, resume=True, params=params)
     stamp, checkpoint = work / "checkpoints" / "run.txt", last_checkpoint(work / "checkpoints")
     if checkpoint and stamp.is_file() and stamp.read_text() == fingerprint:
         print(f"continuing from step {checkpoint.name.split('-')[1]} of the run that was stopped")
         return work, checkpoint
     if checkpoint:
         print("the run that was stopped had other parameters or inputs: starting anew")
-    work = begin_artifact(out)
-    stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text(fingerprint)
+    work = begin_artifact(out, params=params)
+    (work / "checkpoints").mkdir()
+    (work / "checkpoints" / "run.txt").write_text(fingerprint)
     return work, None
 
 # %% ../../nbs/02_adaptation/01_finetuning.ipynb #fffd52a4
@@ -586,7 +591,7 @@ def run_finetuning(
     inputs = resolve_inputs(cfg)
     opened = open_model(cfg, inputs.base)
     train, valid, left_out = encode_examples(cfg, inputs, opened)
-    work, checkpoint = open_work(cfg.out, fingerprint_run(cfg, inputs.roles))
+    work, checkpoint = open_work(cfg.out, fingerprint_run(cfg, inputs.roles), cfg)
     counted: dict[str, float] = {}
     callbacks = [curve_callback(log), progress_callback(counted)]
     if valid:

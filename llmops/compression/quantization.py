@@ -7,15 +7,18 @@ __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'Quantization
            'fitting_groups', 'check_groups', 'task_calibration', 'general_calibration', 'calibration_rows',
            'round_layer', 'quantize_rtn', 'gptq_config', 'quantize_gptq', 'check_auto_gptq',
            'config_for_transformers_4', 'link_for_transformers_4', 'quantize_auto_gptq', 'checkpoint_tensors',
-           'write_configs', 'write_checkpoint', 'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs',
-           'code_bytes', 'check_layers', 'verify_quantized', 'compensate_errors', 'quantize_four_bits',
-           'QuantizationResult', 'resolve_inputs', 'run_quantization']
+           'write_configs', 'gptq_shapes', 'source_tensors', 'clear_folder', 'written_tensors', 'write_checkpoint',
+           'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes', 'check_layers',
+           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
+           'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs', 'run_quantization']
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #73a5a477
 import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -24,13 +27,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from .compensation import layer_names, load_tensors, pack_codes, tune_scales
+from .compensation import layer_names, pack_codes, tune_scales
+from .repack import architecture_faults
+from llmops.foundation.architectures import (
+    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, needed_shapes,
+    transposed_layers)
 from ..foundation.artifacts import MANIFEST, ArtifactError, seal, working_folder
+from ..foundation.chat import encode_text
 from ..foundation.console import captured_output
 from ..foundation.curation import text_id
 from ..foundation.datasets import dataset_path, read_split
-from ..foundation.checkpoints import model_kind, model_path, size_mb
+from ..foundation.checkpoints import check_model_folder, model_kind, model_path, read_config, size_mb
 from ..foundation.generation import completion_logprobs, encode_completion, encode_prompt
+from ..foundation.memory import meta_model
 from ..foundation.models import load_model, load_tokenizer
 from ..foundation.saving import save_tokenizer
 from ..foundation.project import (
@@ -38,6 +47,7 @@ from ..foundation.project import (
 from ..foundation.report import write_json
 from ..foundation.stats import kl_divergence
 from ..foundation.tracking import UNTRACKED, Run, track
+from ..foundation.weights import check_stored, load_tensors, stored_shapes, unequal_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +107,7 @@ def linear_layers(
     folder: str | Path,  # a model folder
 ) -> dict[str, tuple[int, int]]:  # layer name -> inputs, outputs
     "The layers that are quantised: every linear layer but the output layer."
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)))
-    head, layers = model.get_output_embeddings(), {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            layers[name] = module.in_features, module.out_features
-    return layers
+    return linear_shapes(meta_model(folder))
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #d7391cc0
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels compute with
@@ -124,6 +126,8 @@ def check_groups(
     group_size: int,  # inputs that share a scale; -1: all of a row
 ) -> None:
     "Raise `ParamError` when a group size does not fit, with those that would."
+    if not layers:
+        raise ParamError("model: it has no linear layer, so there is nothing to quantise")
     for name, (inputs, outputs) in layers.items():
         if inputs % 32 or outputs % 32:
             raise ParamError(f"model: {name} has {inputs} inputs and {outputs} outputs; "
@@ -165,7 +169,7 @@ def general_calibration(
     "Draw rows of general text."
     rows = []
     for text in rng.sample(texts, min(limit, len(texts))):
-        ids = tokenizer(text)["input_ids"][:max_tokens]
+        ids = encode_text(tokenizer, text, add_special_tokens=True)[:max_tokens]
         rows.append({"id": text_id(text), "kind": "general", "ids": ids, "start": 0})
     return rows
 
@@ -218,10 +222,12 @@ def quantize_rtn(
 ) -> None:
     "Round every layer to the nearest code."
     from safetensors.torch import save_file
-    tensors = load_tensors(folder)
+    tensors, model = load_tensors(folder), meta_model(folder)
+    transposed = transposed_layers(model)
     rounded: dict[str, torch.Tensor] = {}
-    for name in linear_layers(folder):
-        parts = round_layer(tensors[f"{name}.weight"], cfg.bits, cfg.group_size, cfg.sym)
+    for name in linear_shapes(model):
+        weight = tensors[f"{name}.weight"]
+        parts = round_layer(weight.t() if name in transposed else weight, cfg.bits, cfg.group_size, cfg.sym)
         rounded |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     save_file(rounded, work / "model.safetensors", metadata={"format": "pt"})
 
@@ -334,7 +340,7 @@ def quantize_auto_gptq(
 # %% ../../nbs/07_compression/02_quantization.ipynb #4313aaac
 def checkpoint_tensors(
     quantized: dict[str, "torch.Tensor"],  # what the library wrote: its quantised layers are kept
-    dense: dict[str, "torch.Tensor"],  # the unquantised model's tensors: everything else is from here
+    dense: dict[str, "torch.Tensor"],  # the tensors that the unquantised model needs: everything else is from here
 ) -> dict[str, "torch.Tensor"]:  # in fp16 where fp16 can hold it, else in bfloat16
     "The tensors of the checkpoint."
     import torch
@@ -360,7 +366,52 @@ def write_configs(
         generation = json.loads((folder / "generation_config.json").read_text())
         write_json(work / "generation_config.json", generation | {"do_sample": False}, sort_keys=True)
 
-# %% ../../nbs/07_compression/02_quantization.ipynb #836e2f8e
+# %% ../../nbs/07_compression/02_quantization.ipynb #32c5d33c
+def gptq_shapes(
+    model: Any,  # the unquantised model; the meta device will do
+    bits: int,  # of a code
+    group_size: int,  # inputs that share a scale; -1: all of a row
+) -> dict[str, tuple[int, ...]]:  # tensor name -> shape
+    "The tensors of a model's checkpoint in GPTQ's format."
+    shapes = needed_shapes(model)
+    for name, (inputs, outputs) in linear_shapes(model).items():
+        del shapes[f"{name}.weight"]
+        groups = 1 if group_size == -1 else inputs // group_size
+        shapes |= {f"{name}.qweight": (inputs * bits // 32, outputs), f"{name}.g_idx": (inputs,),
+                   f"{name}.qzeros": (groups, outputs * bits // 32), f"{name}.scales": (groups, outputs)}
+    return shapes
+
+
+def source_tensors(
+    folder: Path,  # the unquantised model
+) -> dict[str, "torch.Tensor"]:  # by name, a weight that two layers share once
+    "The tensors that a model needs, out of its files."
+    tensors = load_tensors(folder)
+    return {name: tensors[name] for name in needed_shapes(meta_model(folder))}
+
+# %% ../../nbs/07_compression/02_quantization.ipynb #35a14146
+def clear_folder(
+    folder: Path,  # an existing folder
+) -> None:  # it is empty
+    "Remove what a folder holds, folders in it too."
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def written_tensors(
+    work: Path,  # what a quantisation library wrote, under names of its own
+) -> dict[str, "torch.Tensor"]:  # by name
+    "All tensors that a library wrote."
+    from safetensors.torch import load_file
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(work.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+# %% ../../nbs/07_compression/02_quantization.ipynb #c78ec200
 def write_checkpoint(
     folder: Path,  # the unquantised model
     work: Path,  # what the library wrote; it is replaced
@@ -369,9 +420,8 @@ def write_checkpoint(
 ) -> None:
     "Write the checkpoint in GPTQ's v1 format, the same on every run."
     from safetensors.torch import save_file
-    tensors = checkpoint_tensors(load_tensors(work), load_tensors(folder))
-    for file in work.iterdir():
-        file.unlink()
+    tensors = checkpoint_tensors(written_tensors(work), source_tensors(folder))
+    clear_folder(work)
     ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(ordered, work / "model.safetensors", metadata={"format": "pt"})
     (work / "model.safetensors").chmod(0o644)
@@ -380,6 +430,7 @@ def write_checkpoint(
                 "lm_head": False, "static_groups": False, "true_sequential": True}
     write_configs(folder, work, settings)
     save_tokenizer(tokenizer, work)
+    check_stored(work, gptq_shapes(meta_model(folder), cfg.bits, cfg.group_size))
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #5d8e8db6
 def quantize_bitsandbytes(
@@ -452,7 +503,7 @@ def verify_quantized(
     work: Path,  # the artifact
     rows: list[dict[str, Any]],  # validation rows
     cfg: QuantizationParams,  # method, bits, max_kl; out and model for messages
-) -> dict[str, float]:  # `kl`, `top1_agreement`, `bits_per_weight`, `size_mb`
+) -> dict[str, float]:  # `kl`, `top1_agreement`, `bits_per_weight` of the layers, `share_16bit`, `size_mb`
     "Reopen an artifact and raise `ArtifactError` when it is not what it says."
     kind = model_kind(work)
     if kind != KIND[cfg.method]:
@@ -462,7 +513,8 @@ def verify_quantized(
     if not distance["kl"] <= cfg.max_kl:
         raise ArtifactError(f"{cfg.out}: KL to {cfg.model} is {distance['kl']:.3f} nats per answer token, "
                             f"above max_kl {cfg.max_kl}: the model is broken")
-    return distance | {"bits_per_weight": width, "size_mb": size_mb(work)}
+    return distance | {"bits_per_weight": width, "share_16bit": dense_share(meta_model(folder)),
+                       "size_mb": size_mb(work)}
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #3caff82e
 def compensate_errors(
@@ -498,7 +550,74 @@ def quantize_four_bits(
     (work / "calibration.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return compensate_errors(cfg, folder, work, data, tokenizer) if cfg.compensate_steps else []
 
-# %% ../../nbs/07_compression/02_quantization.ipynb #1ad0536e
+# %% ../../nbs/07_compression/02_quantization.ipynb #21b8d892
+def check_ties(
+    folder: Path,  # the unquantised model
+    model: Any,  # the same on the meta device
+) -> None:
+    "Raise `ArtifactError` when tensors that the config says are one are stored as two different ones."
+    stored = stored_shapes(folder)
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in stored:
+            names.setdefault(id(tensor), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    tensors = load_tensors(folder) if shared else {}
+    for first, *others in shared:
+        if not all(tensors[first].equal(tensors[other]) for other in others):
+            raise ArtifactError(f"{relative_path(folder)}: config.json says that {first} and {', '.join(others)} are one "
+                                "tensor, and its files hold two; import it first (the stage of "
+                                "llmops.foundation.models)")
+
+# %% ../../nbs/07_compression/02_quantization.ipynb #35e45b17
+def check_source(
+    folder: Path,  # the unquantised model
+    model: Any,  # the same on the meta device
+) -> None:
+    "Raise `ArtifactError` or `ParamError` when GPTQ or plain rounding would lose or make up some of a model's weights."
+    if expert_shapes(model):
+        raise ParamError(f"model: {relative_path(folder)} is {describe_experts(model)}; GPTQ's format has no place for "
+                         "them. Use method nf4 or int8, which say what they leave in 16 bits, or serve it in 16 bits")
+    outside = [name for name in linear_shapes(model) if not re.search(r"\.\d+\.", name)]
+    if outside:
+        raise ParamError(f"model: {relative_path(folder)} has linear layers outside its blocks ({', '.join(outside)}), "
+                         "which GPTQ's readers do not look for; use method nf4 or int8")
+    stored, needed = stored_shapes(folder), needed_shapes(model)
+    wrong = unequal_tensors({name: shape for name, shape in stored.items() if name in needed}, needed)
+    if wrong:
+        raise ArtifactError(f"{relative_path(folder)}: its files name or shape the weights otherwise than the model "
+                            f"({wrong[0]}); import it first (the stage of llmops.foundation.models)")
+    check_ties(folder, model)
+
+
+def check_source_for(
+    cfg: "QuantizationParams",  # method, group_size
+    folder: Path,  # the unquantised model
+) -> None:
+    "Raise `ArtifactError` or `ParamError` when a method cannot quantise a model, before any work starts."
+    check_model_folder(folder)
+    model = meta_model(folder)
+    check_vocabulary(load_tokenizer(folder), model, folder)
+    if KIND[cfg.method] == "gptq":
+        check_source(folder, model)
+        check_groups(linear_shapes(model), cfg.group_size)
+
+# %% ../../nbs/07_compression/02_quantization.ipynb #33037100
+def describe_source(
+    folder: Path,  # the unquantised model
+    method: str,  # nf4, int8, gptq or rtn
+) -> list[str]:  # sentences
+    "What is to be known of a model before it is quantised."
+    model, config = meta_model(folder), read_config(folder / "config.json")
+    names = {name.rpartition(".")[2] for name in linear_shapes(model)}
+    faults = [reason for wrong, reason in architecture_faults(config) if wrong and KIND[method] == "gptq"]
+    told = [f"{dense_share(model):.0%} of the weights are in no linear layer and stay in 16 bits"]
+    told += [text for text in (describe_experts(model), describe_fused(names)) if text]
+    if faults:
+        told.append(f"llama.cpp will not serve the checkpoint: {faults[0]}; the transformers engine will")
+    return told
+
+# %% ../../nbs/07_compression/02_quantization.ipynb #c91cc113
 @dataclass
 class QuantizationResult:
     "What the stage made, ready to be sealed."
@@ -517,8 +636,7 @@ def resolve_inputs(
     if kind != "model":
         raise ParamError(f"model: {cfg.model} is of kind {kind}; only an unquantised model folder can be quantised "
                          "(import or merge it first)")
-    if KIND[cfg.method] == "gptq":
-        check_groups(linear_layers(folder), cfg.group_size)
+    check_source_for(cfg, folder)
     return {"model": folder, "data": dataset_path(cfg.data)}
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #258a2e9b
@@ -529,10 +647,11 @@ def run_quantization(
     "Quantise a model, compensate, reopen and check it."
     inputs = resolve_inputs(cfg)
     folder, data = Path(inputs["model"]), Path(inputs["data"])
+    print(*describe_source(folder, cfg.method), sep="\n")
     import torch  # noqa: F401  # so that the seed reaches it
     seed_everything(cfg.seed)
     history: list[dict[str, float]] = []
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         if cfg.method in ("nf4", "int8"):
             quantize_bitsandbytes(folder, work, cfg.method)
         else:

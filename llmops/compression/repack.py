@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from .compensation import unpack_codes
 from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, resolve_source
+from ..foundation.chat import chat_template
 from ..foundation.project import resolve_path
+from ..foundation.weights import find_weights
 
 if TYPE_CHECKING:
     import gguf
@@ -152,7 +154,7 @@ def checkpoint_tensors(
     "Walk a checkpoint's safetensors files layer by layer, in the order of their names."
     from safetensors import safe_open
     layers: dict[str, dict[str, Any]] = {}
-    for file in [safe_open(path, "pt") for path in sorted(folder.glob("*.safetensors"))]:
+    for file in [safe_open(path, "pt") for path in find_weights(folder) if path.suffix == ".safetensors"]:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             name, _, part = key.rpartition(".")
             layers.setdefault(key if part == "bias" else name, {})[part] = file
@@ -364,7 +366,7 @@ def write_fields(
         copy_fields(writer, origin, copied)
     add_fields(writer, model_fields(config), f"{writer.arch}.")
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(chat_template(tokenizer))
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q4_0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

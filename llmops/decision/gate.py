@@ -242,9 +242,10 @@ def run_gate(
     verdict, reasons = decide_verdict(checks, informs, cases)
     entry = history_entry(verdict, checks, candidate, current)
     log.table("checks", [asdict(check) for check in checks])
-    changes = {f"{name} change": value["change"] for name, value in headline_values(checks).items()}
+    values = headline_values(checks).items()
+    changes = {f"{name} change": value["change"] for name, value in values if value["change"] is not None}
     log.summary({"verdict": verdict, **changes})
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         result = GateResult(work, inputs.paths, {}, verdict, reasons, checks, cases, entry)
         write_gate(result, candidate, current)
     return result

@@ -24,10 +24,12 @@ def describe_figure(
     check: Check,  # of one figure: it has values and no interval
 ) -> str:  # a sentence
     "What a check of a figure found."
-    change = check.difference or 0.0
-    direction = "better" if change >= 0 else "worse"
-    return (f"{check.name}: {check.candidate:,.4g} against {check.current:,.4g}, {abs(change):.1%} {direction}; "
-            f"{check.margin:.0%} may be lost.")
+    values = f"{check.name}: {check.candidate:,.4g} against {check.current:,.4g}"
+    if check.difference is None:
+        direction = "better" if check.outcome == "pass" else "worse"
+        return f"{values}, {direction}; no share can be taken of 0, so any loss is too much."
+    direction = "better" if check.difference >= 0 else "worse"
+    return f"{values}, {abs(check.difference):.1%} {direction}; {check.margin:.0%} may be lost."
 
 # %% ../../nbs/06_decision/04_gate_report.ipynb #da05b734
 def explain_inconclusive(

@@ -111,7 +111,7 @@ def run_leaderboard(
     log.table("leaderboard", rows)
     log.summary({"winner": winner["version"], "f1": winner["f1"]})
     inputs: dict[str, str | Path] = {name: version.path for name, version in versions.items()}
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         result = LeaderboardResult(work, inputs, {}, rows, versions, merge, winner)
         write_leaderboard(work, scores, result)
     return result

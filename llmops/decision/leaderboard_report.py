@@ -109,9 +109,10 @@ def draw_sizes(
     rows: Sequence[Mapping[str, Any]],  # the leaderboard
 ) -> None:
     "What has to be on disk to run each version."
-    sizes = [row["size_mb"] or 0 for row in rows]
+    measured = [row["size_mb"] for row in rows]
+    sizes = [mb or 0 for mb in measured]
     bars = axes.barh(range(len(rows)), sizes, color="#8fb3d9", height=0.6)
-    labels = [f"{mb:,.0f}" if mb >= 10 else f"{mb:.1f}" if mb else "" for mb in sizes]
+    labels = ["" if mb is None else f"{mb:,.0f}" if mb >= 10 else f"{mb:.1f}" for mb in measured]
     axes.bar_label(bars, labels, padding=3)
     axes.set(xlabel="MB on disk", xlim=(0, 1.25 * max(sizes, default=1) or 1))
 

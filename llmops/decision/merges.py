@@ -24,6 +24,8 @@ def summarize_ratios(
     if not file.is_file():
         return None
     ratios = sorted(row["ratio"] for row in json.loads(file.read_text())["rows"])
+    if not ratios:  # an adapter that changes no matrix, such as LN tuning
+        return None
     return {"median": ratios[len(ratios) // 2], "min": ratios[0], "max": ratios[-1], "matrices": len(ratios)}
 
 # %% ../../nbs/06_decision/08_merges.ipynb #4a4663e9

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -312,7 +313,9 @@ def evaluate_tasks(
     "Run lm-eval. Raises `EvaluationError` when no question of a task fits the model's context."
     from lm_eval.evaluator import evaluate  # `simple_evaluate` would reseed everything, and ask the Hub for a commit
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=cfg.batch_size, softmax_dtype="float32")
+    reader = deepcopy(tokenizer)
+    reader.split_special_tokens = True  # a question that holds `<|im_end|>` is text
+    lm = HFLM(pretrained=model, tokenizer=reader, batch_size=cfg.batch_size, softmax_dtype="float32")
     fitting = {name: docs_that_fit(lm, task, cfg.max_new_tokens) for name, task in tasks.items()}
     empty = [name for name, docs in fitting.items() if not docs]
     if empty:

@@ -199,10 +199,11 @@ def write_evaluation(
     predictions: list[dict[str, Any]],  # scored rows
     scores: dict[str, Any],  # deterministic figures
     arrays: dict[str, "np.ndarray"],  # of `pack_logprobs`; empty when none were kept
+    params: Any = None,  # the stage's parameters, which the artifact is going to record
 ) -> Path:  # the working folder
     "Write predictions.jsonl, scores.json and logprobs.safetensors."
     from safetensors.numpy import save_file
-    with working_folder(out) as work:
+    with working_folder(out, params) as work:
         write_jsonl(work / "predictions.jsonl", predictions)
         write_json(work / "scores.json", scores, sort_keys=True, ensure_ascii=True)
         if arrays:
@@ -247,5 +248,5 @@ def run_metrics(
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(inputs.rows)} prompts do not fit the context: not asked, scored 0")
     model_ref = inputs.model if cfg.model.startswith("tiny:") else cfg.model
-    work = write_evaluation(cfg.out, predictions, scores, arrays)
+    work = write_evaluation(cfg.out, predictions, scores, arrays, cfg)
     return MetricsResult(work, {"model": model_ref, "data": inputs.data}, metrics, scores, predictions)

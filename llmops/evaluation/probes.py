@@ -18,6 +18,7 @@ from ..foundation.artifacts import input_digest
 from ..foundation.cache import cache_key, cached_answers
 from ..judging.judges import Messages
 from .metrics import which_fit
+from ..foundation.chat import encode_text
 from ..foundation.checkpoints import model_path
 from llmops.foundation.generation import (
     context_length,
@@ -139,9 +140,9 @@ def encode_continuation(
     "Tokens of a text and of what stands before it."
     if not isinstance(context, str):
         return encode_prompt(tokenizer, context), encode_completion(tokenizer, text)
-    first = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
+    first = encode_text(tokenizer, context) if context else []
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return [start, *first], tokenizer(f" {text}" if context else text, add_special_tokens=False)["input_ids"]
+    return [start, *first], encode_text(tokenizer, f" {text}" if context else text)
 
 # %% ../../nbs/04_evaluation/09_probes.ipynb #facf6d9b
 def sum_logprobs(

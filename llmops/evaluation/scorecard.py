@@ -240,7 +240,7 @@ def run_scorecard(
     seed_everything(cfg.seed)
     inputs = resolve_inputs(cfg)
     evaluation, questions = inputs.evaluation, inputs.questions[:cfg.timed]
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         rows, summaries, seconds = run_suites(choose_suites(cfg, inputs))
         card = make_card(cfg, inputs, summaries)
         write_jsonl(work / "scores.jsonl", rows)

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..foundation.encoders import Encode
-from ..foundation.stats import EvaluationError, bootstrap_interval
+from ..foundation.stats import EvaluationError, named_interval
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,6 +198,5 @@ def score_texts(
     summary: dict[str, Any] = {"questions": len(rows), "tokenizer": tokenize}
     summary |= corpus_scores(predictions, references, tokenize)
     for name in [k for k in scores[0] if k != "id"]:
-        bounds = bootstrap_interval([s[name] for s in scores], seed, resamples)
-        summary |= dict(zip((name, f"{name}_low", f"{name}_high"), bounds, strict=True))
+        summary |= named_interval(name, [s[name] for s in scores], seed, resamples)
     return scores, summary

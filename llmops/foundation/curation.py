@@ -108,15 +108,16 @@ def group_texts(
 
 # %% ../../nbs/00_foundation/08_curation.ipynb #6d96b259
 def duplicate_of(
-    row: dict[str, str],  # the row that is looked at
-    kept: list[dict[str, str]],  # the rows of its group that were kept
+    row: Row,  # the row that is looked at
+    kept: list[Row],  # the rows of its group that were kept
     threshold: float,  # Jaccard index from which two questions are near copies, 0-1
 ) -> str | None:  # the reason why the row is one too many; None when it is not
     "Whether a row repeats one of its group."
     for old in kept:
         if text_id(row["question"]) == text_id(old["question"]) and text_id(row["passage"]) == text_id(old["passage"]):
-            same_answer = normalize_text(row["answer"]) == normalize_text(old["answer"])
-            return "duplicate" if same_answer else "conflicting answer"
+            answers = map(normalize_text, row.get("answers", [row["answer"]]))
+            known = map(normalize_text, old.get("answers", [old["answer"]]))
+            return "conflicting answer" if set(answers).isdisjoint(known) else "duplicate"
         if jaccard(shingles(row["question"], 2), shingles(old["question"], 2)) >= threshold:
             return "near duplicate"
     return None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'REMOVED', 'INTRODUCTION', 'source_card', 'count_languages', 'bin_width', 'token_histogram',
-           'field_type', 'field_types', 'answer_in_passage', 'split_card', 'measured_problems', 'md_table',
+           'field_type', 'field_types', 'answer_in_passage', 'split_card', 'measured_problems', 'card_table',
            'size_category', 'hub_configs', 'front_matter', 'source_line', 'problem_line', 'splits_section',
-           'fields_section', 'languages_section', 'tokens_section', 'removed_section', 'card_page', 'length_card',
-           'data_card']
+           'fields_section', 'languages_section', 'reading_section', 'tokens_section', 'removed_section', 'length_card',
+           'data_card', 'card_page']
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #eb8ebd55
 from collections import Counter
@@ -21,6 +21,7 @@ from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, resolve_sourc
 from .curation import normalize_text
 from .project import project_root
 from .reading import Row, read_rows
+from .report import markdown_row
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #6c1936e2
 def source_card(
@@ -103,10 +104,11 @@ def field_types(
 def answer_in_passage(
     row: Row,  # a row of a split
 ) -> bool:  # case and punctuation do not matter
-    "Whether the answer stands in the passage word for word."
-    return normalize_text(row["answer"]) in normalize_text(row["passage"])
+    "Whether one of the answers stands in the passage word for word."
+    passage = normalize_text(row["passage"])
+    return any(normalize_text(answer) in passage for answer in row.get("answers", [row["answer"]]))
 
-
+# %% ../../nbs/00_foundation/09_datacard.ipynb #0792e63e
 def split_card(
     rows: list[Row],  # one split
 ) -> dict[str, int]:  # its counts
@@ -130,7 +132,7 @@ REMOVED = {  # kind of removal -> in words
     "forgotten": "row that was asked to be forgotten",
     "empty": "empty document"}
 
-
+# %% ../../nbs/00_foundation/09_datacard.ipynb #11b65bc3
 def measured_problems(
     splits: dict[str, dict[str, int]],  # split -> its counts
     removed: dict[str, int],  # kind of removal -> rows
@@ -151,16 +153,12 @@ def measured_problems(
     return problems
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #eadc875a
-def md_table(
+def card_table(
     header: list[str],  # column names
     rows: Iterable[Iterable[Any]],  # cells
-) -> str:  # a Markdown table
-    "A table as the Hub and Git hosts show it."
-    lines = []
-    for row in (header, ["---"] * len(header), *rows):
-        cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+) -> str:  # Markdown; all columns are aligned to the left
+    "A table of the card."
+    return "\n".join(markdown_row(row) for row in (header, ["---"] * len(header), *rows))
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #f49a7a7b
 def size_category(
@@ -231,20 +229,20 @@ def splits_section(
     rows = []
     for split, counts in splits.items():
         rows.append([split, *(f"{counts[name]:,}" if name in counts else "" for name in names)])
-    return "## Splits\n\n" + md_table(["split", *(name.replace("_", " ") for name in names)], rows)
+    return "## Splits\n\n" + card_table(["split", *(name.replace("_", " ") for name in names)], rows)
 
-
+# %% ../../nbs/00_foundation/09_datacard.ipynb #8982993b
 def fields_section(
     fields: dict[str, dict[str, str]],  # what the rows are -> field -> its type
 ) -> str:  # Markdown
     "Which fields a row has."
     tables = []
     for name, types in fields.items():
-        table = md_table(["field", "type"], [(f"`{field}`", words) for field, words in types.items()])
+        table = card_table(["field", "type"], [(f"`{field}`", words) for field, words in types.items()])
         tables.append(f"{name}:\n\n{table}")
     return "## Fields\n\n" + "\n\n".join(tables)
 
-
+# %% ../../nbs/00_foundation/09_datacard.ipynb #b6b0a1ab
 def languages_section(
     languages: dict[str, dict[str, int]],  # what the texts are -> language -> texts
 ) -> str:  # Markdown
@@ -255,7 +253,14 @@ def languages_section(
         lines.append(f"- {name}: {counted or 'texts too short to tell'}")
     return "## Languages\n\n" + "\n".join(lines)
 
-# %% ../../nbs/00_foundation/09_datacard.ipynb #8982993b
+# %% ../../nbs/00_foundation/09_datacard.ipynb #19458685
+def reading_section(
+    notes: list[str],  # files that were not read, and what was assumed about others
+) -> str:  # Markdown
+    "What a person should know about how the files were read."
+    return "## Reading\n\n" + "\n".join(f"- {note}" for note in notes)
+
+# %% ../../nbs/00_foundation/09_datacard.ipynb #f8ce4b3d
 def tokens_section(
     bins: list[dict[str, int]],  # what `token_histogram` gives
 ) -> str:  # Markdown
@@ -266,44 +271,19 @@ def tokens_section(
     for row, total in zip(bins, totals, strict=True):
         bar = "█" * round(20 * total / max(totals))
         rows.append([f"{row['from']}-{row['to'] - 1}", *(row[split] for split in splits), bar])
-    return "## Tokens in the prompt\n\n" + md_table(["tokens", *splits, ""], rows)
+    return "## Tokens in the prompt\n\n" + card_table(["tokens", *splits, ""], rows)
 
-
+# %% ../../nbs/00_foundation/09_datacard.ipynb #46f3762a
 def removed_section(
     removed: dict[str, int],  # kind of removal -> rows
     not_found: list[str],  # ids that were asked to be forgotten and are in no row
 ) -> str:  # Markdown
     "What was left out."
     rows = [(REMOVED[kind], count) for kind, count in removed.items()]
-    text = "## Removed\n\n" + (md_table(["why", "rows"], rows) if rows else "Nothing.")
+    text = "## Removed\n\n" + (card_table(["why", "rows"], rows) if rows else "Nothing.")
     if not_found:
         text += "\n\nAsked to be forgotten, but no row of the data: " + ", ".join(f"`{key}`" for key in not_found)
     return text
-
-# %% ../../nbs/00_foundation/09_datacard.ipynb #b6b0a1ab
-INTRODUCTION = ("Questions about a passage, each answered by a short phrase from it or by `unknown`; and general text, "
-                "for calibration and perplexity. Near copies of a passage are in one split, and no training row shares "
-                "a passage, a near copy or {overlap_words} words in a row with a row that is evaluated on.")
-
-
-def card_page(
-    card: dict[str, Any],  # what `card.json` holds
-) -> str:  # Markdown with YAML front matter
-    "The data card as a page."
-    license = ", ".join(card["license"]) or "unknown"
-    sources = [source_line(role, source) for role, source in card["sources"].items()]
-    problems = [f"- {problem}" for problem in card["known_problems"]]
-    problems += [problem_line(problem) for problem in card["measured_problems"]]
-    parts = [f"---\n{front_matter(card)}\n---\n\n# {card['title']}",
-             INTRODUCTION.format(overlap_words=card["overlap_words"]),
-             splits_section(card["splits"]), fields_section(card["fields"]), languages_section(card["languages"]),
-             f"## Licence\n\n- questions and passages: {license}\n- general text: {card['text_license'] or 'unknown'}",
-             "## Source\n\n" + "\n".join(sources)]
-    if bins := card["prompt_tokens"]["histogram"]:
-        parts.append(tokens_section(bins))
-    parts.append(removed_section(card["removed"], card["forget_not_found"]))
-    parts.append("## Known problems\n\n" + "\n".join(problems))
-    return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #8cb4bb2d
 def length_card(
@@ -330,7 +310,8 @@ def data_card(
     kinds = {kind: by_kind[kind] for kind in REMOVED if by_kind[kind]}
     rows = list(chain.from_iterable(splits.values()))
     documents = [row for row in rows if "text" in row]
-    examples = {"questions": splits["train"][0]} | ({"general text": documents[0]} if documents else {})
+    several = next((row for row in splits["train"] if "answers" in row), splits["train"][0])
+    examples = {"questions": several} | ({"general text": documents[0]} if documents else {})
     languages = {"passages": count_languages(dict.fromkeys(row["passage"] for row in rows if "passage" in row))}
     if documents:
         languages["general text"] = count_languages(row["text"] for row in documents)
@@ -338,3 +319,30 @@ def data_card(
         "rows": len(rows), "splits": counts, "fields": {name: field_types(row) for name, row in examples.items()},
         "languages": languages, "sources": {role: source_card(ref) for role, ref in sources.items()},
         "prompt_tokens": length_card(lengths), "removed": kinds, "measured_problems": measured_problems(counts, kinds)}
+
+# %% ../../nbs/00_foundation/09_datacard.ipynb #57ce8960
+INTRODUCTION = ("Questions about a passage, each answered by a short phrase from it or by `unknown`; and general text, "
+                "for calibration and perplexity. Near copies of a passage are in one split, and no training row shares "
+                "a passage, a near copy or {overlap_words} words in a row with a row that is evaluated on.")
+
+# %% ../../nbs/00_foundation/09_datacard.ipynb #9797acc9
+def card_page(
+    card: dict[str, Any],  # what `card.json` holds
+) -> str:  # Markdown with YAML front matter
+    "The data card as a page."
+    license = ", ".join(card["license"]) or "unknown"
+    sources = [source_line(role, source) for role, source in card["sources"].items()]
+    problems = [f"- {problem}" for problem in card["known_problems"]]
+    problems += [problem_line(problem) for problem in card["measured_problems"]]
+    parts = [f"---\n{front_matter(card)}\n---\n\n# {card['title']}",
+             INTRODUCTION.format(overlap_words=card["overlap_words"]),
+             splits_section(card["splits"]), fields_section(card["fields"]), languages_section(card["languages"]),
+             f"## Licence\n\n- questions and passages: {license}\n- general text: {card['text_license'] or 'unknown'}",
+             "## Source\n\n" + "\n".join(sources)]
+    if notes := card.get("reading"):
+        parts.append(reading_section(notes))
+    if bins := card["prompt_tokens"]["histogram"]:
+        parts.append(tokens_section(bins))
+    parts.append(removed_section(card["removed"], card["forget_not_found"]))
+    parts.append("## Known problems\n\n" + "\n".join(problems))
+    return "\n\n".join(parts) + "\n"

@@ -77,17 +77,18 @@ class DatasetsParams:
 # %% ../../nbs/00_foundation/12_datasets.ipynb #60542794
 def read_sources(
     cfg: DatasetsParams,  # what to read
-) -> tuple[list[dict[str, str]], list[Row], list[RowError]]:  # questions, documents, and what is wrong with other rows
+    notes: list[str] | None = None,  # files not read and what was assumed are added here; None warns of files not read
+) -> tuple[list[Row], list[Row], list[RowError]]:  # questions, documents, and what is wrong with other rows
     "Read and check the questions and the general text."
     fields = {"passage": cfg.passage_field, "question": cfg.question_field, "answer": cfg.answer_field}
-    rows, row_errors = check_rows(cfg.data, fields, cfg.files, cfg.unknown, cfg.limit, cfg.invalid)
-    documents, document_errors = read_documents(cfg.text, cfg.text_field, cfg.invalid)
+    rows, row_errors = check_rows(cfg.data, fields, cfg.files, cfg.unknown, cfg.limit, cfg.invalid, notes)
+    documents, document_errors = read_documents(cfg.text, cfg.text_field, cfg.invalid, notes)
     return rows, documents, row_errors + document_errors
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #5bc2c9ab
 def split_questions(
     cfg: DatasetsParams,  # how to split
-    rows: list[dict[str, str]],  # questions
+    rows: list[Row],  # questions
     forget: dict[str, str],  # row id -> reason, of rows to leave out
 ) -> tuple[dict[str, list[Row]], list[Row], dict[str, int]]:  # splits, removed rows, row id -> tokens of its prompt
     "Deduplicate and split the questions, and set aside prompts that are too long."
@@ -118,6 +119,7 @@ class Splits:
     rows: dict[str, list[Row]]  # split -> rows
     removed: list[Row]  # removed rows, each with `kind` and `reason`
     lengths: dict[str, list[int]]  # split -> tokens of each prompt; empty when they were not measured
+    notes: list[str] = field(default_factory=list)  # files that were not read, and what was assumed about others
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #1286a8ef
 def make_splits(
@@ -125,7 +127,8 @@ def make_splits(
     forget: dict[str, str],  # row id -> reason, of rows to leave out
 ) -> Splits:  # all five splits
     "Read, check, deduplicate, split and decontaminate."
-    rows, documents, errors = read_sources(cfg)
+    notes: list[str] = []
+    rows, documents, errors = read_sources(cfg, notes)
     questions, removed, tokens = split_questions(cfg, rows, forget)
     general, removed_documents = choose_documents(cfg, documents, forget)
     splits, leaks = decontaminate_splits(questions | general, cfg.benchmarks, cfg.benchmark_fields,
@@ -135,7 +138,7 @@ def make_splits(
     lengths = {}
     for name in ("train", "valid", "test") if tokens else ():
         lengths[name] = [tokens[row["id"]] for row in splits[name]]
-    return Splits(splits, removed, lengths)
+    return Splits(splits, removed, lengths, notes)
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #88c9f2e2
 def check_splits(
@@ -163,9 +166,11 @@ def describe_splits(
 ) -> dict[str, Any]:  # the data card
     "The dataset in numbers."
     forgotten = {row["id"] for row in splits.removed if row["kind"] == "forgotten"}
-    notes = {"title": cfg.title, "license": cfg.license, "text_license": cfg.text_license,
+    notes: dict[str, Any] = {"title": cfg.title, "license": cfg.license, "text_license": cfg.text_license,
              "known_problems": cfg.known_problems, "overlap_words": cfg.overlap_words,
              "forget_not_found": [key for key in forget if key not in forgotten]}
+    if splits.notes:
+        notes["reading"] = splits.notes
     return data_card(splits.rows, splits.removed, splits.lengths, sources, notes)
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #adc8f8c1
@@ -206,7 +211,7 @@ def run_datasets(
     check_splits(cfg, splits)
     for name in ("general_train", "general_test"):
         splits.rows[name] = [{"text": row["text"]} for row in splits.rows[name]]
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         card = describe_splits(cfg, splits, forget, sources)
         write_splits(work, splits.rows, splits.removed, card)
     log.summary({"splits": card["splits"], "removed": card["removed"]})
@@ -214,7 +219,8 @@ def run_datasets(
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #572c104c
 TINY_DATA = "tiny:data"
-TINY_MODULES = ("reading", "curation", "datacard", "prompts", "splits", "datasets")  # the code that makes it
+TINY_MODULES = ("decoding", "rowfiles", "datafiles", "qafields", "reading", "curation", "datacard", "prompts", "splits",
+                "datasets")  # the code that makes it
 
 
 def make_tiny_data(

@@ -8,9 +8,11 @@ __all__ = ['Method', 'NF4_BYTES', 'meta_model', 'ModelShapes', 'model_shapes', '
 
 # %% ../../nbs/00_foundation/19_memory.ipynb #6c12c11e
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .architectures import expert_shapes, linear_shapes
 from .checkpoints import model_path
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class ModelShapes:
     hidden_size: int  # width of the residual stream
     key_value_size: int  # numbers that attention keeps per layer and token
     vocab_size: int  # tokens
+    expert_weights: int = 0  # those of the other weights that are a mixture's experts; in 16 bits whatever the method
+    expert_width: int = 0  # activations that one layer's experts make, per token
 
     @property
     def linear_weights(self) -> int:  # weights in linear layers
@@ -44,22 +48,22 @@ class ModelShapes:
 
     @property
     def layer_width(self) -> float:  # activations that one transformer layer makes, per token
-        return sum(inputs + outputs for inputs, outputs in self.linear) / self.layers
+        return sum(inputs + outputs for inputs, outputs in self.linear) / self.layers + self.expert_width
 
 # %% ../../nbs/00_foundation/19_memory.ipynb #d702e504
 def model_shapes(
     ref: Any,  # a transformers config, or any model reference
 ) -> ModelShapes:  # its shapes
     "Measure a model without loading it."
-    import torch
     model = meta_model(ref)
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    weights = sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in linear)
+    config, linear, experts = model.config.get_text_config(), [*linear_shapes(model).values()], expert_shapes(model)
+    weights = model.num_parameters() - sum(inputs * outputs for inputs, outputs in linear)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelShapes([(m.in_features, m.out_features) for m in linear], weights, config.num_hidden_layers,
-                       config.hidden_size, 2 * kv_heads * head_dim, config.vocab_size)
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    width = active * sum(sum(shape[1:]) for shape in experts.values()) // config.num_hidden_layers
+    return ModelShapes(linear, weights, config.num_hidden_layers, config.hidden_size, 2 * kv_heads * head_dim,
+                       config.vocab_size, sum(prod(shape) for shape in experts.values()), width)
 
 # %% ../../nbs/00_foundation/19_memory.ipynb #9703a8b8
 Method = Literal["qlora", "lora", "full", "gptq", "inference", "inference-nf4"]  # what is done with the model
@@ -73,7 +77,7 @@ def weight_bytes(
     "The weights, with one layer unpacked when they are in four bits."
     if not four_bit:
         return (shapes.linear_weights + shapes.other_weights) * 2
-    largest = max(inputs * outputs for inputs, outputs in shapes.linear)
+    largest = max((inputs * outputs for inputs, outputs in shapes.linear), default=0)
     return shapes.linear_weights * NF4_BYTES + (shapes.other_weights + largest) * 2
 
 # %% ../../nbs/00_foundation/19_memory.ipynb #972a686d

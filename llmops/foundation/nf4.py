@@ -37,9 +37,12 @@ def dequantize(
 ) -> dict[str, "torch.Tensor"]:  # float32 weights under the names of the unquantised model, on the CPU
     "The weights that an NF4 model computes with. Raises `ValueError` when they were repacked in place."
     from bitsandbytes.functional import dequantize_4bit
+    from transformers.pytorch_utils import Conv1D
     keep_layout(model)
     weights = {k: v for k, v in model.state_dict().items() if ".weight." not in k}
     for name, layer in linear_4bit_layers(model):
-        weight = layer.weight
-        weights[f"{name}.weight"] = dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape)
-    return {k: v.detach().to("cpu").float() for k, v in weights.items()}
+        state = layer.weight.quant_state
+        weight = dequantize_4bit(layer.weight.data, state).reshape(state.shape)
+        is_transposed = getattr(layer, "source_cls", None) is Conv1D  # GPT-2's layers are stored inputs x outputs
+        weights[f"{name}.weight"] = weight.t() if is_transposed else weight
+    return {k: v.detach().to("cpu").float().contiguous() for k, v in weights.items()}

@@ -31,7 +31,7 @@ def row_id(
 
 # %% ../../nbs/00_foundation/10_prompts.ipynb #48cd352b
 def qa_row(
-    row: dict[str, str],  # passage, question and answer
+    row: Row,  # passage, question, answer, and `answers` when there are several
     group: str,  # the passage's group
     instruction: str = INSTRUCTION,  # the system message
     unknown: str = "unknown",  # the answer that says that the passage does not hold one
@@ -39,7 +39,8 @@ def qa_row(
     "A row of a split."
     answerable = normalize_text(row["answer"]) != normalize_text(unknown)
     answer = row["answer"] if answerable else unknown
+    several = {"answers": [answer, *row["answers"][1:]]} if "answers" in row else {}
     return {"id": row_id(row), "group": group, "passage": row["passage"],
-            "question": row["question"], "answer": answer, "answerable": answerable,
+            "question": row["question"], "answer": answer, **several, "answerable": answerable,
             "prompt": build_prompt(row["passage"], row["question"], instruction),
             "completion": [{"role": "assistant", "content": answer}]}

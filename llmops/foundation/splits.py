@@ -19,11 +19,11 @@ from .prompts import INSTRUCTION, qa_row, row_id
 from .reading import DataError, Row, RowError, check_rows, get_text_field, read_rows, summarize_errors
 
 # %% ../../nbs/00_foundation/11_splits.ipynb #3014c9e6
-REMOVED_FIELDS = ("where", "passage", "question", "answer", "text")  # what is kept of a removed row
+REMOVED_FIELDS = ("where", "passage", "question", "answer", "answers", "text")  # what is kept of a removed row
 
 
 def removed_row(
-    row: dict[str, str],  # passage, question and answer, and `where` when it is known
+    row: Row,  # passage, question and answer, and `where` when it is known
     kind: str,  # one of `datacard.REMOVED`
     reason: str,  # why, for a reader
 ) -> Row:  # the row as it stands in `removed.jsonl`
@@ -58,11 +58,11 @@ def parse_forget_list(
 
 # %% ../../nbs/00_foundation/11_splits.ipynb #8a50256c
 def reject_row(
-    row: dict[str, str],  # passage, question and answer
+    row: Row,  # passage, question and answer
     group: str | None,  # its passage's group; None when the passage is near two splits
     forget: dict[str, str],  # row id -> reason, of rows to leave out
-    forgotten: list[dict[str, str]],  # rows of the group that were forgotten
-    kept: list[dict[str, str]],  # rows of the group that were kept
+    forgotten: list[Row],  # rows of the group that were forgotten
+    kept: list[Row],  # rows of the group that were kept
     threshold: float,  # Jaccard index for near copies, 0-1
 ) -> tuple[str, str] | None:  # kind and reason; None when the row is kept
     "Why a row is left out."
@@ -75,7 +75,7 @@ def reject_row(
 
 # %% ../../nbs/00_foundation/11_splits.ipynb #37026058
 def split_rows(
-    rows: list[dict[str, str]],  # passage, question, answer and `where`
+    rows: list[Row],  # passage, question, answer and `where`
     seed: int,  # of the split
     test: float,  # share of groups for the test split, 0-1
     valid: float,  # share of groups for the validation split, 0-1
@@ -89,8 +89,8 @@ def split_rows(
     groups = group_texts([row["passage"] for row in rows], lambda group: split_of(group, seed, test, valid), threshold)
     splits: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     removed: list[Row] = []
-    kept: defaultdict[str | None, list[dict[str, str]]] = defaultdict(list)
-    forgotten: defaultdict[str | None, list[dict[str, str]]] = defaultdict(list)
+    kept: defaultdict[str | None, list[Row]] = defaultdict(list)
+    forgotten: defaultdict[str | None, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row_id(row) not in forget):  # those to be forgotten first
         group = groups[text_id(row["passage"])]
         if row_id(row) in forget:
@@ -139,11 +139,12 @@ def read_documents(
     ref: str,  # a data reference
     field: str,  # the text's field
     invalid: str = "error",  # `error` refuses a reference with a bad row, `set_aside` goes on without it
+    notes: list[str] | None = None,  # what `read_rows` says about the files; None warns
 ) -> tuple[list[Row], list[RowError]]:  # `id`, `text`, `where` of each document; what is wrong with the others
     "Read documents. Raises `DataError` that names every bad row."
     documents: list[Row] = []
     errors: list[RowError] = []
-    for where, row in read_rows(ref, bad=errors):
+    for where, row in read_rows(ref, bad=errors, notes=notes):
         try:
             text = get_text_field(row, field, where) or ""
             documents.append({"id": text_id(text), "text": text, "where": where})

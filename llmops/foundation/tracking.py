@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNTRACKED', 'peak_memory_mb', 'children_mb', 'cpu_seconds', 'gpu_peak_mb', 'MemoryWatch', 'measure_usage',
-           'run_group', 'tracking_mode', 'open_wandb', 'WandbWorker', 'wandb_table', 'Run', 'track']
+           'run_group', 'tracking_mode', 'quiet_settings', 'open_wandb', 'WandbWorker', 'start_worker', 'finish_worker',
+           'wandb_table', 'table_or_none', 'Run', 'track']
 
 # %% ../../nbs/00_foundation/04_tracking.ipynb #e3697778
 import json
@@ -129,6 +130,15 @@ def tracking_mode(
     return min(wanted, asked if asked in order else "offline", key=order.index)
 
 # %% ../../nbs/00_foundation/04_tracking.ipynb #fb7021ed
+def quiet_settings() -> Any:  # `wandb.Settings`
+    "W&B with everything off that a batch run does not need."
+    import wandb
+    return wandb.Settings(
+        console="off", silent=True, init_timeout=15, finish_timeout=30, save_code=False, disable_git=True,
+        disable_code=True, disable_job_creation=True, x_disable_stats=True, x_disable_meta=True,
+        x_save_requirements=False)
+
+# %% ../../nbs/00_foundation/04_tracking.ipynb #0bc35ec6
 def open_wandb(
     stage: str,  # the stage's name: W&B's job type, and the run's name when the configuration has no `out`
     config: dict[str, Any],  # what to show as the run's configuration, already without secrets
@@ -136,16 +146,13 @@ def open_wandb(
     mode: str,  # `offline` or `online`
     folder: Path,  # where W&B writes
 ) -> Any:  # the W&B run
-    "Start a W&B run, with everything off that a batch run does not need."
+    "Start a W&B run. Raises `RuntimeError` when it is to be online and this machine has no key."
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):  # or it writes to the home folder
         os.environ.setdefault(name, str(folder / ".cache"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     (folder / "wandb").mkdir(parents=True, exist_ok=True)  # where it cannot, W&B would quietly use the temporary folder
     import wandb
-    settings = wandb.Settings(
-        console="off", silent=True, init_timeout=15, finish_timeout=30, save_code=False, disable_git=True,
-        disable_code=True, disable_job_creation=True, x_disable_stats=True, x_disable_meta=True,
-        x_save_requirements=False)
+    settings = quiet_settings()
     if mode == "online" and not wandb.login(prompt=False):
         raise RuntimeError("no W&B key on this machine; run `wandb login`, or set wandb to offline")
     return wandb.init(
@@ -155,7 +162,7 @@ def open_wandb(
 
 # %% ../../nbs/00_foundation/04_tracking.ipynb #1b3bfcfa
 class WandbWorker:
-    "Opens a W&B run in a thread of its own and makes calls on it one after the other; the first error ends it."
+    "Makes calls on a W&B run one after the other, in a thread of its own; the first error ends it."
     def __init__(self,
         start: Callable[[], Any] | None,  # opens the W&B run; None for no tracking
     ) -> None:
@@ -163,12 +170,6 @@ class WandbWorker:
         self.error: str | None = None if start else "disabled"  # why nothing is tracked
         self.calls: SimpleQueue[Callable[[Any], Any] | None] = SimpleQueue()
         self.thread = threading.Thread(target=self.work, args=(start,), daemon=True)
-        if start:
-            try:
-                import wandb  # noqa: F401  # here: two threads that import at the same time can trip over each other
-                self.thread.start()
-            except Exception as e:
-                self.give_up(f"wandb cannot be imported: {type(e).__name__}: {e}")
 
     def work(self, start: Callable[[], Any]) -> None:
         "Make the calls; the thread's own function."
@@ -190,6 +191,34 @@ class WandbWorker:
         if self.error is None:
             self.calls.put(function)
 
+# %% ../../nbs/00_foundation/04_tracking.ipynb #762d8e8a
+def start_worker(
+    start: Callable[[], Any] | None,  # opens the W&B run; None for no tracking
+) -> WandbWorker:  # its thread runs; where wandb cannot be imported it has given up
+    "Start what tracks a run."
+    worker = WandbWorker(start)
+    if start:
+        try:
+            import wandb  # noqa: F401  # here: two threads that import at the same time can trip over each other
+            worker.thread.start()
+        except Exception as e:
+            worker.give_up(f"wandb cannot be imported: {type(e).__name__}: {e}")
+    return worker
+
+# %% ../../nbs/00_foundation/04_tracking.ipynb #9404df67
+def finish_worker(
+    worker: WandbWorker,  # of a run that has ended
+    failed: bool,  # the run ended with an error
+    seconds: float,  # how long to wait for W&B
+) -> None:
+    "End the W&B run. Gives up, with one line, when W&B does not answer."
+    worker.call(lambda run: run.finish(exit_code=int(failed)))
+    worker.calls.put(None)
+    if worker.error is None:
+        worker.thread.join(seconds)
+        if worker.thread.is_alive():
+            worker.give_up(f"W&B did not answer within {seconds:g} s")
+
 # %% ../../nbs/00_foundation/04_tracking.ipynb #d0ed46b4
 def wandb_table(
     rows: Any,  # a list of dicts, or a pandas DataFrame
@@ -204,13 +233,25 @@ def wandb_table(
     return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
 
 # %% ../../nbs/00_foundation/04_tracking.ipynb #cff1cd89
+def table_or_none(
+    name: str,  # the table's name
+    rows: Any,  # a list of dicts, or a pandas DataFrame
+) -> Any:  # a `wandb.Table`; None when W&B cannot keep it
+    "A table for W&B. Where there is none, one line says why."
+    try:
+        return wandb_table(rows)
+    except Exception as e:
+        print(f"tracking leaves out the table {name}: {str(e).partition(chr(10))[0]}", file=sys.stderr)
+        return None
+
+# %% ../../nbs/00_foundation/04_tracking.ipynb #f0bd78f9
 class Run:
     "What a stage may say about itself while it runs. Every method returns at once, also with tracking off."
     def __init__(self,
         start: Callable[[], Any] | None = None,  # opens the W&B run; None for no tracking
     ) -> None:
         self.metrics: dict[str, float] = {}  # what the run cost; filled when the block ends
-        self.worker = WandbWorker(start)
+        self.worker = start_worker(start)
 
     def __repr__(self) -> str:  # also in the documentation, as the default of a stage's `log`
         return "UNTRACKED" if self.worker.error == "disabled" else "Run"
@@ -228,13 +269,8 @@ class Run:
         rows: Any,  # a list of dicts, or a pandas DataFrame
     ) -> None:
         "Keep a small table, such as some answers beside the references."
-        if self.worker.error is None:
-            try:
-                table = wandb_table(rows)
-            except Exception as e:
-                print(f"tracking leaves out the table {name}: {str(e).partition(chr(10))[0]}", file=sys.stderr)
-            else:
-                self.worker.call(lambda run: run.log({name: table}))
+        if self.worker.error is None and (table := table_or_none(name, rows)) is not None:
+            self.worker.call(lambda run: run.log({name: table}))
 
     def summary(self,
         values: dict[str, Any],  # name -> final value
@@ -254,13 +290,8 @@ class Run:
         failed: bool = False,  # the run ended with an error
         seconds: float = 40,  # how long to wait for W&B
     ) -> None:
-        "End the W&B run. Gives up, with one line, when W&B does not answer."
-        self.worker.call(lambda run: run.finish(exit_code=int(failed)))
-        self.worker.calls.put(None)
-        if self.worker.error is None:
-            self.worker.thread.join(seconds)
-            if self.worker.thread.is_alive():
-                self.worker.give_up(f"W&B did not answer within {seconds:g} s")
+        "End the W&B run; see `finish_worker`."
+        finish_worker(self.worker, failed, seconds)
 
 # %% ../../nbs/00_foundation/04_tracking.ipynb #cfadda4c
 UNTRACKED = Run()  # what a stage function logs to when nobody tracks it

@@ -123,7 +123,7 @@ def run_human(
     inputs: dict[str, str | Path] = {e.version: e.path for e in evaluations}
     options: dict[str, Any] = {"margin": cfg.margin, "seed": cfg.seed, "resamples": cfg.resamples}
     report, text = dict[str, Any](), invite_raters(study, cfg.out)
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         write_study(study, work)
         tally, bad = read_votes(votes / "votes.jsonl", study, cfg.invalid == "set_aside")
         if any(tally.current.values()):

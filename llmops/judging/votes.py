@@ -23,6 +23,7 @@ from typing import Any
 
 from ..foundation.project import relative_path, resolve_path
 from ..foundation.reading import RowError, read_jsonl
+from ..foundation.report import write_json
 from ..foundation.stats import EvaluationError
 from .rating import CHOICES, Study, read_study, view_task
 
@@ -223,9 +224,8 @@ def rater_secrets(
     if not path.exists():
         links = {"study": study.digest, "links": {rater: secrets.token_urlsafe(18) for rater in study.raters}}
         temporary = home / f".links.{os.getpid()}"
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(file, "w", encoding="utf-8") as f:
-            f.write(json.dumps(links, indent=2, ensure_ascii=False) + "\n")
+        temporary.touch(mode=0o600)  # for nobody else to read
+        write_json(temporary, links)
         temporary.replace(path)
     return json.loads(path.read_text(encoding="utf-8"))["links"]
 

@@ -91,7 +91,7 @@ def run_bank(
     folder = resolve_source(cfg.folder)
     documents = read_documents(folder)
     questions = read_questions(folder, {document["id"] for document in documents})
-    with working_folder(cfg.out) as work:
+    with working_folder(cfg.out, cfg) as work:
         write_jsonl(work / "documents.jsonl", documents)
         write_jsonl(work / "questions.jsonl", questions)
     metrics = {"documents": len(documents), "questions": len(questions)}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..foundation.stats import EvaluationError, bootstrap_interval
+from ..foundation.stats import EvaluationError, named_interval
 
 # %% ../../nbs/03_retrieval/06_ranking.ipynb #3adbe6dc
 def recall_at(
@@ -73,6 +73,5 @@ def summarize_rankings(
     summary: dict[str, Any] = {"questions": len(scores)}
     for key in scores[0] if scores else ():
         name = "mrr" if key == "reciprocal_rank" else key
-        mean, low, high = bootstrap_interval([row[key] for row in scores], seed, resamples)
-        summary |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        summary |= named_interval(name, [row[key] for row in scores], seed, resamples)
     return summary

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from .cleaning import clean_for_search
 from .index import COLUMNS, Hit, Index, read_snapshot, bm25_search, dense_search, fetch_columns
 from ..foundation.artifacts import resolve_source
 from .ranking import recall_at, reciprocal_rank
@@ -31,13 +32,13 @@ class QueryError(ValueError):
 
 def check_query(
     text: str,  # what is asked
-) -> str:  # the text, stripped
+) -> str:  # the text without what no reader sees, stripped
     "Raise `QueryError` when there is nothing to search for."
     if not text or not text.strip():
         raise QueryError("query: empty; ask something")
     if not re.search(r"\w", text):
         raise QueryError(f"query: {text.strip()[:40]!r} holds no letter or digit, so nothing can be searched for")
-    return text.strip()
+    return clean_for_search(text).text.strip()
 
 # %% ../../nbs/03_retrieval/05_search.ipynb #09e847a5
 def propose_hits(

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..compression.compensation import load_tensors
+from ..foundation.weights import load_tensors
 from ..compression.quantization import (
     QuantizationParams, compare_logprobs, load_answer_logprobs, run_quantization)
 from ..foundation.artifacts import input_digest

@@ -21,7 +21,7 @@ import nbformat
 import yaml
 
 from ..foundation.project import project_root
-from .batch import module_name, parameter_cells, parameter_names, project_layout
+from .stage_notebooks import module_name, parameter_cells, parameter_names, project_layout
 
 # %% ../../nbs/12_tools/03_pipeline.ipynb #079d1ff1
 class PipelineError(ValueError):
