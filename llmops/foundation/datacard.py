@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, resolve_source
+from .answers import reference_answers
 from .curation import normalize_text
 from .project import project_root
 from .reading import Row, read_rows
@@ -106,7 +107,7 @@ def answer_in_passage(
 ) -> bool:  # case and punctuation do not matter
     "Whether one of the answers stands in the passage word for word."
     passage = normalize_text(row["passage"])
-    return any(normalize_text(answer) in passage for answer in row.get("answers", [row["answer"]]))
+    return any(normalize_text(answer) in passage for answer in reference_answers(row))
 
 # %% ../../nbs/00_foundation/09_datacard.ipynb #0792e63e
 def split_card(

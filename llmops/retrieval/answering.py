@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.answers import normalize_answer, score_answers
+from ..foundation.answers import is_refusal, score_answers
 from ..foundation.artifacts import input_digest, read_manifest, seal, working_folder
 from ..foundation.cache import cache_key
 from ..foundation.checkpoints import model_path
@@ -144,7 +144,7 @@ def score_aucs(
     refusal: str,  # how the data say that there is no answer
 ) -> dict[str, float | None]:  # `confidence_auc` and `support_auc`
     "How well confidence and support tell right answers from wrong ones."
-    answered = [p for p in predictions if normalize_answer(p["said"]) != normalize_answer(refusal)]
+    answered = [p for p in predictions if not is_refusal(p["said"], refusal)]
     right = [p["f1_as_said"] >= right_f1 for p in answered]
     return {f"{name}_auc": roc_auc([p[name] for p in answered], right) for name in ("confidence", "support")}
 

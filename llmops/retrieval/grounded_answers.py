@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..foundation.answers import normalize_answer
+from ..foundation.answers import is_refusal
 from ..foundation.cache import cached_answers
+from ..foundation.chat import encode_text
 from ..foundation.generation import generate_scored
 from ..foundation.prompts import INSTRUCTION, build_prompt
 from .grounding import Citation, Packed, Passage, cite_passages, pack_passages, support_score
@@ -30,8 +31,7 @@ def decide_answer(
 ) -> tuple[float, list[Citation], bool]:  # support (0 for a refusal), citations, and whether the answer is given
     "Whether an answer may be given: the one place where that is decided."
     citations = cite_passages(text, packed.used)
-    refused = normalize_answer(text) == normalize_answer(refusal)
-    supported = 0.0 if refused else support_score(question, logprob, citations)
+    supported = 0.0 if is_refusal(text, refusal) else support_score(question, logprob, citations)
     return supported, citations, supported > 0 and supported >= threshold
 
 # %% ../../nbs/03_retrieval/11_grounded_answers.ipynb #31aabfb4
@@ -50,7 +50,7 @@ def token_counter(
     tokenizer: Any,  # a model's tokenizer
 ) -> Callable[[str], int]:  # text -> tokens
     "Count a text as the model does."
-    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return lambda text: len(encode_text(tokenizer, text))
 
 # %% ../../nbs/03_retrieval/11_grounded_answers.ipynb #9860654a
 def hit_to_passage(

@@ -19,6 +19,7 @@ from pathlib import Path
 from .cleaning import CleanText, clean_for_search
 from .index import HANGUL, analyse_text
 from ..foundation.artifacts import read_manifest
+from ..foundation.answers import reference_answers
 from ..foundation.curation import normalize_text
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.prompts import INSTRUCTION, build_prompt
@@ -249,7 +250,8 @@ def supports_answer(
     parts = [text for text in texts if text in gold or gold in text]
     if not row["answerable"]:
         return bool(parts)
-    return any(normalize_text(row["answer"]) in text for text in parts)
+    answers = [normalize_text(answer) for answer in reference_answers(row)]
+    return any(answer in text for text in parts for answer in answers)
 
 # %% ../../nbs/03_retrieval/07_grounding.ipynb #36e138cf
 def retrieved_row(
@@ -261,6 +263,7 @@ def retrieved_row(
     "A row with found passages in place of the marked one."
     found = supports_answer(row, packed.used)
     answer = row["answer"] if found else unknown
+    row = row if found else {name: value for name, value in row.items() if name != "answers"}
     return row | {"passage": packed.text, "found": found, "answer": answer, "answerable": row["answerable"] and found,
                   "prompt": build_prompt(packed.text, row["question"], instruction),
                   "completion": [{"role": "assistant", "content": answer}]}
