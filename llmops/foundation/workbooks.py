@@ -117,7 +117,7 @@ def check_package(
     name: str,  # how it is called in an error
     kind: str,  # what it should be: `docx`, `pptx` or `xlsx`
 ) -> None:
-    "Raise `DataError` for a file that is no Office file of its kind, or too large a one, with what it is and what to do."
+    "Raise `DataError` for a file that is no Office file of its kind, or too large, with what it is and what to do."
     with path.open("rb") as file:
         start = file.read(8)
         if start == OLE:
@@ -125,7 +125,8 @@ def check_package(
     if not start:
         raise DataError(f"{name}: empty, no byte in it")
     if not start.startswith(b"PK"):
-        raise DataError(f"{name}: no .{kind} by what is in it (it begins with {start!r}); open it and save it as .{kind}")
+        raise DataError(f"{name}: no .{kind} by what is in it (it begins with {start!r}); "
+                        f"open it and save it as .{kind}")
     try:
         with zipfile.ZipFile(path) as package:
             reason = package_reason(package, kind)
@@ -148,8 +149,9 @@ def plain_number(
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 # %% ../../nbs/00_foundation/34_workbooks.ipynb #95e6f73f
-TOKEN = re.compile(r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|[_*].|\[(?P<bracket>[^\]]*)\]|(?P<digits>[#0?][#0?,.]*|\.[#0?]+)'
-                   r"|(?P<percent>%)|(?P<plain>[-+$€£¥₩ ():!^&'~{}=<>])|(?P<other>.)", re.DOTALL)
+TOKEN = re.compile(r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|[_*].|\[(?P<bracket>[^\]]*)\]'
+                   r"|(?P<digits>[#0?][#0?,.]*|\.[#0?]+)|(?P<percent>%)"
+                   r"|(?P<plain>[-+$€£¥₩ ():!^&'~{}=<>])|(?P<other>.)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -423,8 +425,8 @@ def missing_reason(
     if not marks.missing:
         return ""
     some = ", ".join(marks.formulas) + (" and others" if marks.missing > len(marks.formulas) else "")
-    return (f"{marks.missing} formula{'s' * (marks.missing != 1)} without a value ({some}), which the program that wrote "
-            "the file did not compute; open it in Excel or LibreOffice and save it")
+    return (f"{marks.missing} formula{'s' * (marks.missing != 1)} without a value ({some}), which the program that "
+            "wrote the file did not compute; open it in Excel or LibreOffice and save it")
 
 # %% ../../nbs/00_foundation/34_workbooks.ipynb #20b20a69
 def table_sheet(
