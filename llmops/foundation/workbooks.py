@@ -6,8 +6,8 @@
 __all__ = ['OLE', 'STREAMS', 'MAIN_PARTS', 'XML_LIMITS', 'OTHER_LIMIT', 'STRICT', 'OPEN_DOCUMENT', 'TOKEN', 'LAST_ROW',
            'compound_reason', 'main_part', 'size_reason', 'package_reason', 'check_package', 'plain_number',
            'NumberSection', 'parse_section', 'fill_digits', 'fill_groups', 'choose_section', 'number_text', 'time_text',
-           'date_text', 'rich_text', 'cell_text', 'SheetMarks', 'scan_sheet', 'merged_columns', 'sheet_rows',
-           'open_workbook', 'sheet_marks', 'missing_reason', 'table_sheet', 'workbook_table']
+           'date_text', 'join_raised', 'rich_text', 'cell_text', 'SheetMarks', 'scan_sheet', 'merged_columns',
+           'sheet_rows', 'open_workbook', 'sheet_marks', 'missing_reason', 'table_sheet', 'workbook_table']
 
 # %% ../../nbs/00_foundation/34_workbooks.ipynb #ef273d7f
 import re
@@ -48,7 +48,7 @@ MAIN_PARTS = {"wordprocessingml": "docx", "ms-word": "docx", "presentationml": "
 def main_part(
     package: zipfile.ZipFile,  # an archive with a list of its parts, `[Content_Types].xml`
 ) -> tuple[str, str]:  # `docx`, `pptx`, `xlsx` or `xlsb`, and the part's name; empty when it is none of these
-    "What kind of Office file an archive is, with the part in which reading begins."
+    "What kind of Office file an archive is, and the part in which reading begins."
     from xml.etree import ElementTree
     for element in ElementTree.fromstring(package.read("[Content_Types].xml")):
         kind = str(element.get("ContentType"))
@@ -71,8 +71,6 @@ def size_reason(
     "Whether an archive unfolds to more than can be held."
     sizes = {True: 0, False: 0}
     for part in package.infolist():
-        if part.flag_bits & 1:
-            return "its archive is locked with a password; save it without one"
         sizes[part.filename.lower().endswith((".xml", ".rels", ".vml"))] += part.file_size
     if sizes[True] > XML_LIMITS[kind]:
         most = f"{XML_LIMITS[kind] / 1e6:,.0f} MB that are read of a .{kind}"
@@ -93,6 +91,8 @@ def package_reason(
 ) -> str:  # why it is not read; empty when it is
     "What an archive is when it is not the Office file that its name says."
     names = set(package.namelist())
+    if any(part.flag_bits & 1 for part in package.infolist()):
+        return "its archive is locked with a password; save it without one"
     if "mimetype" in names and package.getinfo("mimetype").file_size < 200:
         told = package.read("mimetype").decode("ascii", "replace")
         other = next((to for what, to in OPEN_DOCUMENT.items() if f"opendocument.{what}" in told), "")
@@ -105,9 +105,11 @@ def package_reason(
         return "an Excel binary workbook (.xlsb); save it as .xlsx"
     if found != kind:
         return f"a .{found} by what is in it; name it so" if found else "a zip archive, but no Office file; unpack it"
+    if main not in names:
+        return f"not a whole .{kind} (its main part {main!r} is missing); copy it again"
     if reason := size_reason(package, kind):
         return reason
-    if kind != "docx" and main in names and STRICT in package.open(main).read(4000):
+    if kind != "docx" and STRICT in package.open(main).read(4000):
         return f"in Office's Strict Open XML format; save it as a usual .{kind}"
     return ""
 
@@ -278,18 +280,23 @@ def date_text(
     return f"{day} {time_text(value, code) if clock and isinstance(value, datetime) else ''}".strip()
 
 # %% ../../nbs/00_foundation/34_workbooks.ipynb #fd0c370f
-def rich_text(
-    value: list[Any],  # a cell's text in several fonts
+def join_raised(
+    pieces: list[tuple[str, str]],  # texts of a cell, each with `superscript`, `subscript`, `baseline` or nothing
 ) -> str:  # `10^2`, never `102`
-    "The text of a cell of which parts are raised, lowered or in other fonts."
+    "The text of a cell of which parts are raised or lowered."
     text = ""
-    for part in value:
-        piece = str(part)
-        place = getattr(getattr(part, "font", None), "vertAlign", None)
+    for piece, place in pieces:
         beside = text[-1:].isalnum() and piece[:1].isalnum()
-        mark = {"superscript": "^", "subscript": "_"}.get(place or "", "") if beside else ""
-        text += (f"{mark}({piece})" if mark and not piece.isalnum() else mark + piece)
+        mark = {"superscript": "^", "subscript": "_"}.get(place, "") if beside else ""
+        text += f"{mark}({piece})" if mark and not piece.isalnum() else mark + piece
     return text
+
+
+def rich_text(
+    value: list[Any],  # openpyxl's form of a text in several fonts
+) -> str:  # in one font
+    "The text of a cell in several fonts."
+    return join_raised([(str(part), getattr(getattr(part, "font", None), "vertAlign", None) or "") for part in value])
 
 
 def cell_text(
@@ -318,6 +325,9 @@ class SheetMarks:
     kind: str = ""  # its type; `str` is a formula's text
     empty: bool = False  # whether it has had a formula and no value so far
     inside: bool = False  # whether a value is being read
+    raised: dict[str, str] = field(default_factory=dict)  # cell -> a text in the sheet itself with raised parts
+    pieces: list[tuple[str, str]] = field(default_factory=list)  # of the text that is being read
+    place: str = ""  # where the next piece stands
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         "An element begins."
@@ -328,18 +338,29 @@ class SheetMarks:
             self.empty = self.kind != "str"  # a text may be empty
         elif element == "mergeCell":
             self.merged.append(attributes.get("ref", ""))
-        self.inside = element == "v"
+        elif element in ("is", "r"):
+            self.place, self.pieces = "", [] if element == "is" else self.pieces
+        elif element == "vertAlign":
+            self.place = attributes.get("val", "")
+        self.inside = element in ("v", "t")
 
     def text(self, text: str) -> None:
         "Characters of an element."
-        self.empty = self.empty and not self.inside
+        if self.inside:
+            self.empty = False
+            self.pieces.append((text, self.place))
 
     def end(self, tag: str) -> None:
         "An element ends."
         self.inside = False
-        if self.empty and tag.endswith(" c"):
+        if not tag.endswith(" c"):
+            return
+        if self.empty:
             self.missing += 1
             self.formulas += [self.cell] if len(self.formulas) < 3 else []
+        if any(place for _, place in self.pieces):
+            self.raised[self.cell] = " ".join(join_raised(self.pieces).split())
+        self.pieces.clear()
 
 
 def scan_sheet(
@@ -372,13 +393,16 @@ def merged_columns(
 
 def sheet_rows(
     sheet: Any,  # an openpyxl sheet, opened with `open_workbook`
-    ranges: list[str],  # its merged cells
+    marks: SheetMarks,  # what its file says about its cells
 ) -> Iterator[tuple[int, list[str]]]:  # number and cells of each row that is not empty
     "The rows of a sheet as a person sees them; a cell that is merged over several rows stands in each of them."
     sheet.reset_dimensions()  # what the file says about its size is often wrong
-    down, held = merged_columns(ranges), dict[int, tuple[str, int]]()
+    down, held = merged_columns(marks.merged), dict[int, tuple[str, int]]()
     for n, row in enumerate(sheet.iter_rows(max_row=LAST_ROW), 1):
         texts = [cell_text(cell) for cell in row]
+        if marks.raised:
+            pairs = zip(row, texts, strict=True)
+            texts = [marks.raised.get(cell.coordinate, text) if text else "" for cell, text in pairs]
         if not any(texts):
             continue
         for place, (text, last) in held.items():
@@ -436,7 +460,7 @@ def table_sheet(
     "The one sheet with rows; hidden sheets are not counted. Raises `DataError` when there are several."
     filled = []
     for sheet in workbook.worksheets:
-        if sheet.sheet_state == "visible" and next(sheet_rows(sheet, []), None):
+        if sheet.sheet_state == "visible" and next(sheet_rows(sheet, SheetMarks()), None):
             filled.append(sheet)
     if len(filled) > 1:
         titles = ", ".join(repr(sheet.title) for sheet in filled)
@@ -458,7 +482,7 @@ def workbook_table(
         marks = sheet_marks(workbook, sheet)
         if reason := missing_reason(marks):
             raise DataError(f"{name}: {reason}")
-        yield from sheet_rows(sheet, marks.merged)
+        yield from sheet_rows(sheet, marks)
     except DataError:
         raise
     except Exception as e:  # a broken sheet fails in very many ways

@@ -622,7 +622,8 @@ def word_html(
                                      convert_image=lambda image: [])
     page = re.sub(r'(<p>)? ?<a href="#[^"]*-ref-[^"]*">↑</a>(?(1)</p>)', "", result.value)
     page = re.sub(r'<input type="checkbox"( checked="checked")? ?/?>', lambda box: "☒ " if box[1] else "☐ ", page)
-    page = page.replace(f"</p><p>{LABEL}", "<br>").replace(LABEL, "")
+    items = re.compile(f"(?:<p>{LABEL}(?:(?!</p>).)*</p>)+", re.DOTALL)  # a list stands line below line
+    page = items.sub(lambda found: found[0].replace(f"</p><p>{LABEL}", "<br>"), page).replace(LABEL, "")
     told = [message.message for message in result.messages if not any(h in message.message for h in HARMLESS)]
     return page, count_notes(+counts) + [f"a part of the text: {message}" for message in dict.fromkeys(told)]
 
@@ -789,7 +790,7 @@ def sheet_page(
     marks = sheet_marks(workbook, sheet)
     title = " ".join(canonical_text(sheet.title).split())
     lines, size = [title], 0
-    for _, cells in sheet_rows(sheet, marks.merged):
+    for _, cells in sheet_rows(sheet, marks):
         lines.append(re.sub(" {2,}", " ", canonical_text(" | ".join(cells))).replace("\n", " ").strip())
         size += len(lines[-1]) + 1
         if size > limit:
