@@ -121,7 +121,7 @@ RAISED = '<w:style w:type="character" w:styleId="{}"><w:name w:val="{}"/>{}</w:s
 STYLES = part(
     RAISED.format("Up", "Hochgestellt", '<w:rPr><w:vertAlign w:val="superscript"/></w:rPr>')
     + RAISED.format("Upper", "Upper", '<w:basedOn w:val="Up"/>')
-    + '<w:style w:type="paragraph" w:styleId="1"><w:name w:val="heading 1"/><w:pPr><w:outlineLvl w:val="0"/></w:pPr></w:style>'
+    + '<w:style w:type="paragraph" w:styleId="1"><w:name w:val="heading 1"/></w:style>'
     + '<w:style w:type="paragraph" w:styleId="x1"><w:name w:val="제목 \'A\'"/><w:basedOn w:val="1"/></w:style>'
     + '<w:style w:type="paragraph" w:styleId="T"><w:name w:val="Title"/></w:style>'
     + '<w:style w:type="paragraph" w:styleId="jo"><w:name w:val="조"/><w:pPr><w:numPr><w:numId w:val="1"/></w:numPr>'
@@ -189,7 +189,8 @@ def test_headings_of_any_style_and_the_numbers_that_word_counts(tmp_path):
     )
     document = read_document(write_word(tmp_path / "a.docx", body, styles=STYLES, numbering=lists))[0]
     assert document.text == (
-        "Card terms\n\n제1조 환불\n\n(a) first\n(b) second\n\nA word between.\n\n(c) third\n1.3.1 deep\n\n제2조 수수료\n\n(a) one\n\n- dot\n\nAnnex"
+        "Card terms\n\n제1조 환불\n\n(a) first\n(b) second\n\nA word between.\n\n(c) third\n1.3.1 deep\n\n"
+        "제2조 수수료\n\n(a) one\n\n- dot\n\nAnnex"
     )
     assert document.title == "Card terms" and not document.metadata.get("left_out")
     assert [heading for _, heading in document.headings] == [

@@ -321,6 +321,7 @@ class SheetMarks:
     merged: list[str] = field(default_factory=list)  # ranges such as `A2:A4`
     formulas: list[str] = field(default_factory=list)  # the first cells that have a formula and no value
     missing: int = 0  # how many such cells there are
+    margins: bool = False  # whether something is printed above or below every page
     cell: str = ""  # the cell that is being read
     kind: str = ""  # its type; `str` is a formula's text
     empty: bool = False  # whether it has had a formula and no value so far
@@ -342,6 +343,7 @@ class SheetMarks:
             self.place, self.pieces = "", [] if element == "is" else self.pieces
         elif element == "vertAlign":
             self.place = attributes.get("val", "")
+        self.margins = self.margins or element in ("oddHeader", "oddFooter", "firstHeader", "firstFooter")
         self.inside = element in ("v", "t")
 
     def text(self, text: str) -> None:
