@@ -314,6 +314,17 @@ def test_a_deck_is_read_slide_by_slide(tmp_path):
 # Excel
 
 
+def change_part(path: Path, name: str, old: bytes, new: bytes) -> None:
+    "Replace what matches in a part of a file."
+    with zipfile.ZipFile(path) as package:
+        parts = {part: package.read(part) for part in package.namelist()}
+    assert re.search(old, parts[name])
+    parts[name] = re.sub(old, new, parts[name])
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
+        for part, data in parts.items():
+            package.writestr(part, data)
+
+
 def test_a_workbook_is_read_as_excel_shows_it(tmp_path):
     book = openpyxl.Workbook()
     fees = book.active
@@ -362,18 +373,26 @@ def test_a_number_is_written_as_its_format_says(value, places, thousands):
     assert number_text(number, code) == f"{number:{',' if thousands else ''}.{places}f}"
 
 
+def test_zeros_that_were_not_computed_and_characters_that_xml_cannot_hold(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["Sum", "=1+1"], ["a_x000D_b_x005F_x000D_", "x"]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    change_part(tmp_path / "a.xlsx", "xl/worksheets/sheet1.xml", rb"</f><v ?/>|</f><v></v>", b"</f><v>0</v>")
+    assert read_document(tmp_path / "a.xlsx")[0].text == "Sheet\nSum\na b_x000D_ | x"
+    assert "1 formula without a value (B1)" in reports(tmp_path / "a.xlsx")["sheet Sheet"]
+    change_part(tmp_path / "a.xlsx", "xl/workbook.xml", rb'fullCalcOnLoad="1"', b"")
+    assert read_document(tmp_path / "a.xlsx")[0].text == "Sheet\nSum | 0\na b_x000D_ | x"
+
+
 def test_a_sheet_that_says_wrong_things_about_its_size(tmp_path):
     book = openpyxl.Workbook()
     book.active.append(["A fee of 5 €"])
     book.save(tmp_path / "a.xlsx")
-    with zipfile.ZipFile(tmp_path / "a.xlsx") as package:
-        parts = {name: package.read(name) for name in package.namelist()}
-    sheet = parts["xl/worksheets/sheet1.xml"]
+    sheet = "xl/worksheets/sheet1.xml"
+    change_part(tmp_path / "a.xlsx", sheet, rb'<dimension ref="[^"]*"', b'<dimension ref="A1:XFD1048576"')
     far = b'<row r="999999999999"><c r="A999999999999"><v>1</v></c></row></sheetData>'
-    sheet = re.sub(rb'<dimension ref="[^"]*"', b'<dimension ref="A1:XFD1048576"', sheet).replace(b"</sheetData>", far)
-    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as package:
-        for name, data in parts.items():
-            package.writestr(name, sheet if name == "xl/worksheets/sheet1.xml" else data)
+    change_part(tmp_path / "a.xlsx", sheet, b"</sheetData>", far)
     assert read_document(tmp_path / "a.xlsx")[0].text == "Sheet\nA fee of 5 €"
 
 

@@ -8,10 +8,11 @@ __all__ = ['OFFICE_KINDS', 'OPEN_FORMAT', 'SAVE_AS', 'WHY', 'W', 'M', 'MC', 'VML
            'count_elements', 'core_title', 'parse_part', 'local_name', 'unwrap', 'choose_alternatives', 'drawing_kind',
            'place_boxes', 'math_text', 'write_equations', 'is_on', 'inherit', 'based_styles', 'raised_styles',
            'mark_runs', 'ListLevel', 'WordList', 'value_of', 'read_level', 'read_lists', 'roman', 'format_count',
-           'WordStyles', 'read_styles', 'list_place', 'next_label', 'write_numbers', 'unwrap_unknown', 'repeat_merged',
-           'prepare_part', 'drop_page_numbers', 'marginal_blocks', 'heading_styles', 'prepare_word', 'word_html',
-           'parse_word', 'paragraph_html', 'child_math', 'frame_html', 'table_html', 'shape_kind', 'shape_html',
-           'slide_html', 'join_pages', 'parse_slides', 'sheet_page', 'workbook_notes', 'parse_workbook', 'parse_office']
+           'WordStyles', 'find_part', 'read_styles', 'list_place', 'next_label', 'write_numbers', 'unwrap_unknown',
+           'repeat_merged', 'prepare_part', 'drop_page_numbers', 'marginal_blocks', 'heading_styles', 'prepare_word',
+           'word_html', 'parse_word', 'paragraph_html', 'child_math', 'frame_html', 'table_html', 'shape_kind',
+           'shape_html', 'slide_html', 'join_pages', 'parse_slides', 'sheet_page', 'workbook_notes', 'parse_workbook',
+           'parse_office']
 
 # %% ../../nbs/03_retrieval/26_office.ipynb #ceb91116
 import io
@@ -384,12 +385,20 @@ class WordStyles:
     numbered: dict[str, tuple[str, str]] = field(default_factory=dict)  # id of a paragraph style -> list and level
 
 
+def find_part(
+    parts: dict[str, bytes],  # the XML of a Word file
+    kind: str,  # `styles` or `numbering`
+) -> Any | None:  # its root; None when there is none
+    "A part of a Word file; some programs put a number behind its name."
+    names = [part for part in parts if re.fullmatch(rf"word/{kind}\d*\.xml", part)]
+    return parse_part(parts[names[0]]) if names else None
+
+
 def read_styles(
     parts: dict[str, bytes],  # the XML of a Word file
 ) -> WordStyles:  # empty for a file without styles and lists
     "The styles and lists of a Word file."
-    names = ("word/styles.xml", "word/numbering.xml")
-    styles, numbering = (parse_part(parts[part]) if part in parts else None for part in names)
+    styles, numbering = (find_part(parts, kind) for kind in ("styles", "numbering"))
     found, based = based_styles(styles, "paragraph")
     numbers = {key: style.find(f"{W}pPr/{W}numPr") for key, style in found.items()}
     own = {key: (value_of(n, "numId"), value_of(n, "ilvl")) for key, n in numbers.items() if n is not None}
@@ -608,8 +617,7 @@ def prepare_word(
     with zipfile.ZipFile(made, "w") as file:
         for part, data in parts.items():
             file.writestr(part, data)
-    named = parse_part(parts["word/styles.xml"]) if "word/styles.xml" in parts else None
-    return made, heading_styles(named), counts
+    return made, heading_styles(find_part(parts, "styles")), counts
 
 # %% ../../nbs/03_retrieval/26_office.ipynb #422ebc7a
 HARMLESS = ("Unrecognised", "style with ID", "unlikely to display", "An unrecognised element", "v:imagedata", "a:blip")
@@ -621,7 +629,7 @@ def word_html(
     "A Word file as HTML, with check boxes as characters, and notes without the arrow back to the text."
     import mammoth
     file, style_map, counts = prepare_word(package)
-    counts["comment"] = count_elements(package, r"word/comments\.xml", "comment")
+    counts["comment"] = count_elements(package, r"word/comments\d*\.xml", "comment")
     counts["embedded file"] = count_elements(package, r"word/document\w*\.xml", "(?:altChunk|subDoc)")
     result = mammoth.convert_to_html(file, style_map=style_map, include_embedded_style_map=False,
                                      convert_image=lambda image: [])
