@@ -202,6 +202,17 @@ def test_headings_of_any_style_and_the_numbers_that_word_counts(tmp_path):
     assert heading_at(document, document.text.index("second")) == "Card terms > 제1조 환불"
 
 
+def test_check_boxes_and_cells_over_several_rows(tmp_path):
+    word = 'xmlns:x="http://schemas.microsoft.com/office/word/2010/wordml"'
+    box = "<w:sdt {}><w:sdtPr><x:checkbox><x:checked x:val='{}'/></x:checkbox></w:sdtPr><w:sdtContent>{}</w:sdtContent></w:sdt>"
+    boxes = [box.format(word, n, run("?")) + run(text) for n, text in enumerate(("no", "yes"))]
+    cells = table([run("Basic"), run("5 €")], ["", run("6 €")])
+    merged = cells.replace("<w:tc>", '<w:tc><w:tcPr><w:vMerge w:val="restart"/></w:tcPr>', 1)
+    merged = merged.replace("<w:tc><w:p><w:pPr></w:pPr></w:p>", "<w:tc><w:tcPr><w:vMerge/></w:tcPr><w:p/>", 1)
+    text = text_of(tmp_path, para(boxes[0]) + para(boxes[1]) + merged)
+    assert text == "☐ no\n\n☒ yes\n\nBasic | 5 €\nBasic | 6 €"
+
+
 def graphic(uri: str, inside: str = "") -> str:
     "A drawing."
     data = f'<a:graphicData uri="http://schemas.openxmlformats.org/drawingml/2006/{uri}">{inside}</a:graphicData>'

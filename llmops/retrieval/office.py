@@ -634,7 +634,7 @@ def word_html(
     result = mammoth.convert_to_html(file, style_map=style_map, include_embedded_style_map=False,
                                      convert_image=lambda image: [])
     page = re.sub(r'(<p>)? ?<a href="#[^"]*-ref-[^"]*">↑</a>(?(1)</p>)', "", result.value)
-    page = re.sub(r'<input type="checkbox"( checked="checked")? ?/?>', lambda box: "☒ " if box[1] else "☐ ", page)
+    page = re.sub(r'<input\b[^>]*type="checkbox"[^>]*>', lambda box: "☒ " if "checked=" in box[0] else "☐ ", page)
     items = re.compile(f"(?:<p>{LABEL}(?:(?!</p>).)*</p>)+", re.DOTALL)  # a list stands line below line
     page = items.sub(lambda found: found[0].replace(f"</p><p>{LABEL}", "<br>"), page).replace(LABEL, "")
     told = [message.message for message in result.messages if not any(h in message.message for h in HARMLESS)]
