@@ -59,7 +59,8 @@ BAD = {
     ),
     "CSV, open quote": ("r.csv", 'passage,question,answer\n"a,b,c\n', "r.csv, after line 1: not valid CSV"),
     "not Parquet": ("r.parquet", "PAR1", "r.parquet: not a Parquet file"),
-    "no known suffix": ("r.xlsx", "x", "r.xlsx: a .xlsx; expected .jsonl, .csv, .parquet"),
+    "no known suffix": ("r.xls", "x", "r.xls: a .xls; expected .jsonl, .csv, .parquet"),
+    "no workbook": ("r.xlsx", "x", "r.xlsx: no .xlsx by what is in it"),
     "too few rows to split": ("r.jsonl", lines(GOOD), "no row fell into"),
 }
 
@@ -176,7 +177,7 @@ def test_no_such_data(tmp_path: Path) -> None:
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no .jsonl, .csv, .parquet, .json, .tsv, .ndjson file matches"):
+    with pytest.raises(DataError, match="no .jsonl, .csv, .parquet, .json, .tsv, .ndjson, .xlsx file matches"):
         run_datasets(DatasetsParams(data=str(tmp_path), out=str(tmp_path / "out"), **SMALL))
 
 

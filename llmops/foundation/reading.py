@@ -45,7 +45,7 @@ def read_rows(
     found, empty = data_files(ref, files, notes), []
     for file in found:
         n, bad_before = 0, len(bad or ())
-        unit = "row" if file.suffix in (".parquet", ".json") else "line"
+        unit = "row" if file.suffix in (".parquet", ".json", ".xlsx") else "line"
         for n, row in read_file(file.path, bad, file.name, notes, file.suffix):
             try:
                 yield from question_rows(row, f"{file.name}, {unit} {n}")

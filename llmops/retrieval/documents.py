@@ -26,12 +26,14 @@ class Document:
     headings: tuple[tuple[int, str], ...]  # offset of each heading and its path, e.g. `Cards > Fees`, in order
     source: str  # where a person finds it: path, or path and line
     metadata: dict[str, str]  # front matter, `<meta>`, further columns; always `suffix` and `language`
-    pages: tuple[int, ...] = ()  # offset at which each page of a PDF begins
+    pages: tuple[int, ...] = ()  # offset at which each page of a PDF, slide or sheet begins
+    page_names: tuple[str, ...] = ()  # what each is called, e.g. `slide 3`; none for pages, which have numbers
 
     @property
     def digest(self) -> str:  # hexadecimal sha256
         "Differs when anything that the document says differs."
-        return json_digest([self.id, self.text, self.title, self.headings, self.metadata, self.pages])
+        return json_digest([self.id, self.text, self.title, self.headings, self.metadata, self.pages,
+                            *([self.page_names] if self.page_names else [])])
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #d5789f08
 def heading_at(
@@ -47,11 +49,13 @@ def heading_at(
 def source_reference(
     document: Document,  # any document
     offset: int,  # a position in its text
-) -> str:  # e.g. `terms.pdf, page 3`
-    "Where a person finds a position: the source, and the page if it has pages."
+) -> str:  # e.g. `terms.pdf, page 3` or `fees.xlsx, sheet Cards`
+    "Where a person finds a position: the source, and the page, slide or sheet if it has such."
     from bisect import bisect_right
     page = bisect_right(document.pages, offset)
-    return f"{document.source}, page {page}" if page else document.source
+    if not page:
+        return document.source
+    return f"{document.source}, {document.page_names[page - 1] if document.page_names else f'page {page}'}"
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #c31a2a92
 class IngestError(ValueError):
@@ -131,7 +135,8 @@ class Parsed(NamedTuple):
     title: str = ""  # empty when the file names none
     headings: tuple[tuple[int, str], ...] = ()  # offset and path
     metadata: dict[str, str] = {}  # what the file says about itself
-    pages: tuple[int, ...] = ()  # offset of each page
+    pages: tuple[int, ...] = ()  # offset of each page, slide or sheet
+    page_names: tuple[str, ...] = ()  # what each slide or sheet is called
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #1d0dd687
 def heading_paths(
