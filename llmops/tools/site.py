@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 from ..foundation.console import listen
 from ..foundation.project import project_root
 from .pages import notebook_page, page_path, section_name, site_links
-from .readme import sync_pages
+from .home_page import sync_pages
 
 # %% ../../nbs/12_tools/12_site.ipynb #74628f46
 class SiteError(ValueError):
