@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -160,8 +161,10 @@ def test_import_is_quick_and_without_torch() -> None:
 def test_the_wheel_installs_in_a_clean_environment(tmp_path: Path) -> None:
     start, project = time.monotonic(), copy_project(tmp_path / "project")
 
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # it would come before the wheel
+
     def run(*words: str | Path, cwd: Path = project) -> str:
-        done = subprocess.run([str(w) for w in words], cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run([str(w) for w in words], cwd=cwd, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
 

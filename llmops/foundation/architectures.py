@@ -89,7 +89,7 @@ def use_torch_linear(
     if config.get("model_type") == "falcon":
         import torch
         from transformers.models.falcon import modeling_falcon
-        modeling_falcon.FalconLinear = torch.nn.Linear
+        modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[misc, assignment]
 
 # %% ../../nbs/00_foundation/26_architectures.ipynb #f4dd9046
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "query_key_value": ("q_proj", "k_proj", "v_proj"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .architectures import check_vocabulary, describe_experts, use_torch_linear
 from .artifacts import ArtifactError, seal, working_folder
@@ -141,8 +141,8 @@ def open_pretrained(
 ) -> "PreTrainedModel":  # all of whose weights are from its files
     "Let transformers load a model, and see that nothing was made up."
     from transformers import AutoModelForCausalLM
-    folder, told = path.parent if path.is_file() else path, {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = AutoModelForCausalLM.from_pretrained(str(folder), **told, **arguments)
+    folder, told = path.parent if path.is_file() else path, dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = cast(Any, AutoModelForCausalLM).from_pretrained(str(folder), **told, **arguments)
     check_loaded(path, info)  # what transformers would ignore is an error here
     return model
 

@@ -196,7 +196,7 @@ def split_documents(
             removed.append(removed_row(document, *rejection))
         else:
             kept.add(document["id"])
-            splits[split_of(groups[document["id"]], seed, share, 0.0)].append(document)
+            splits[split_of(str(groups[document["id"]]), seed, share, 0.0)].append(document)
     return splits, removed
 
 # %% ../../nbs/00_foundation/19_splits.ipynb #b97bc05e

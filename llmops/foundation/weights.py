@@ -134,7 +134,7 @@ def stored_shapes(
     folder: str | Path,  # a model's folder
 ) -> dict[str, tuple[int, ...]]:  # tensor name -> shape
     "The tensors of a folder's safetensors."
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in safetensors_files(folder):
         shapes |= {name: tuple(tensor["shape"]) for name, tensor in read_header(file).items()}
     return shapes
@@ -145,7 +145,7 @@ def load_tensors(
 ) -> dict[str, Any]:  # tensor name -> torch tensor
     "The tensors of a folder's safetensors, as transformers reads them."
     from safetensors.torch import load_file
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for file in safetensors_files(folder):
         tensors |= load_file(file)
     return tensors

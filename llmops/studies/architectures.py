@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adaptation.finetuning import KIND, FinetuningParams, run_finetuning
 from ..compression.merging import MergingParams, run_merging
@@ -67,7 +67,8 @@ def write_random_model(
     "Write a tiny random model with a real tokenizer."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    given = {key: value for key, value in (TINY_TOKENS | values).items() if value is not None or key == "sliding_window"}
+    merged = TINY_TOKENS | values
+    given = {key: value for key, value in merged.items() if value is not None or key == "sliding_window"}
     config = AutoConfig.for_model(**given)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -115,7 +116,7 @@ def merging_step(
 def quantization_step(
     model: Path,  # a merged model
     out: Path,  # where to write
-    method: str,  # nf4 or gptq
+    method: Literal["nf4", "gptq"],  # of quantisation
 ) -> Path:  # the artifact, which was reopened and has answered
     "Quantise a model and ask it."
     cfg = QuantizationParams(model=str(model), method=method, task_rows=2, general_rows=1, max_tokens=256, check_rows=2,

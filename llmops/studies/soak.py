@@ -259,7 +259,7 @@ def soak_engine(
         client, model = open_client(address)
         client.close()
         leavers = draw_leavers(options.clients, options.seed)
-        found = {"leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
+        found: dict[str, Any] = {"leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
         for clients in (1, 4, 16):
             row = soak_sequences(address, clients, options.requests, options.pauses, options.seed)
             found["sequences"].append(row)
