@@ -297,7 +297,11 @@ def test_a_connection_to_llamacpp_is_used_once(tmp_path):
 def test_a_client_that_leaves_closes_its_connection_to_llamacpp(tmp_path, stream, does):
     async def main():
         async with upstream(tmp_path) as up:
-            app, gone, stays = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1)), asyncio.Event(), asyncio.Event()
+            app, gone, stays = (
+                create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1)),
+                asyncio.Event(),
+                asyncio.Event(),
+            )
             up.does = does
             first = asyncio.create_task(ask(app, HELLO | {"stream": stream}, gone))
             waiting = [asyncio.create_task(ask(app, HELLO, gone)) for _ in range(3)]
