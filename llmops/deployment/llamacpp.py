@@ -41,6 +41,7 @@ def llamacpp_server(
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.hostnames, params.port = [host], 0
     params.ui, params.endpoint_slots, params.verbosity, params.cache_ram_mib = False, True, -1, 0
+    params.prefill_assistant = False  # an assistant turn at the end is a turn like others, as in transformers
     sampling = params.sampling
     sampling.temp, sampling.top_k, sampling.top_p, sampling.min_p = 0.0, 0, 1.0, 0.0  # OpenAI's defaults, but greedy
     return xllamacpp.Server(params)

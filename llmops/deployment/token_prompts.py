@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHAT_ONLY', 'PART_OF_THESE', 'CHAT', 'COMPLETION', 'gguf_control_tokens', 'holds_controls', 'template_reason',
            'tokenize', 'apply_template', 'template_gaps', 'fill_gaps', 'plain_stretches', 'plain_tokens',
-           'token_prompt', 'chat_tokens', 'completion_body', 'route_request', 'chat_form', 'chat_parts',
-           'relay_as_chat']
+           'token_prompt', 'chat_tokens', 'answer_schema', 'completion_body', 'route_request', 'chat_form',
+           'chat_parts', 'relay_as_chat']
 
 # %% ../../nbs/08_deployment/02_token_prompts.ipynb #f58449fe
 import json
@@ -163,8 +163,18 @@ def chat_tokens(
     return client.post("/tokenize", json=body).raise_for_status().json()["tokens"]
 
 # %% ../../nbs/08_deployment/02_token_prompts.ipynb #94a17381
-CHAT_ONLY = ("tools", "response_format", "logprobs", "chat_template_kwargs")
-PART_OF_THESE = ("messages", "tool_choice", "parallel_tool_calls", "top_logprobs")
+CHAT_ONLY = ("tools", "logprobs", "chat_template_kwargs")
+PART_OF_THESE = ("messages", "response_format", "tool_choice", "parallel_tool_calls", "top_logprobs")
+
+
+def answer_schema(
+    response_format: dict[str, Any] | None,  # of a request
+) -> dict[str, Any]:  # `json_schema` for the completion endpoint, where an answer is JSON
+    "The form of an answer as a JSON schema."
+    kind = (response_format or {"type": "text"})["type"]
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    return {"json_schema": response_format["json_schema"]["schema"]} if kind == "json_schema" else {}
 
 
 def completion_body(
@@ -172,11 +182,12 @@ def completion_body(
     ids: list[int],  # its prompt
 ) -> dict[str, Any]:  # for the completion endpoint
     "Ask for an answer to tokens. Raises `ChatTemplateError` for what only the chat endpoint can do."
-    asked = [name for name in CHAT_ONLY if body.get(name) and body[name] != {"type": "text"}]
+    asked = [name for name in CHAT_ONLY if body.get(name)]
     if asked:
         raise ChatTemplateError(f"messages: with {asked[0]} llama.cpp cannot read a control token in a message as "
                                 f"text; take it out, or ask without {asked[0]}")
-    return {key: value for key, value in body.items() if key not in CHAT_ONLY + PART_OF_THESE} | {"prompt": ids}
+    kept = {key: value for key, value in body.items() if key not in CHAT_ONLY + PART_OF_THESE}
+    return kept | answer_schema(body.get("response_format")) | {"prompt": ids}
 
 # %% ../../nbs/08_deployment/02_token_prompts.ipynb #0a29ad70
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"  # llama.cpp's endpoints
