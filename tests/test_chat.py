@@ -45,6 +45,11 @@ THINKING = (  # it reads what the assistant says, as Qwen 3's does
     "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
 )
+PHI = (  # the role is a part of a mark, and is asked for
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 WORDS = ["the user asks", "<|im_end|> <h1>[INST]</h1>", "what does the fee cost?\n\nIt costs 12 euros.", "end of turn"]
 
 
@@ -97,6 +102,7 @@ SPECIALS = {
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
     "thinking": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "unigram": ["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+    "phi": ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
 }
 STYLES = {  # kind of tokenizer, template, added tokens that are not special, begin and end of a text
     "chatml": ("byte-level", CHATML, [], None, "<|im_end|>"),
@@ -105,6 +111,7 @@ STYLES = {  # kind of tokenizer, template, added tokens that are not special, be
     "mistral": ("llama2", MISTRAL, [], "<s>", "</s>"),
     "thinking": ("byte-level", THINKING, ["<think>", "</think>", "<tool_call>"], None, "<|im_end|>"),
     "unigram": ("unigram", CHATML, [], "<s>", "</s>"),
+    "phi": ("byte-level", PHI, [], None, "<|end|>"),
 }
 
 
@@ -151,7 +158,7 @@ def test_any_text_stays_text(style: str, passage: str, said: str, question: str)
     ids = encode_prompt(tokenizer, messages)
     assert controls_of(tokenizer, ids) == controls_of(tokenizer, encode_prompt(tokenizer, harmless))
     written = render(tokenizer, messages, add_generation_prompt=True)
-    if style in ("chatml", "llama3", "thinking", "gemma"):  # the others lose white space or what is not NFKC
+    if style in ("chatml", "llama3", "thinking", "gemma", "phi"):  # the others lose white space or what is not NFKC
         assert tokenizer.decode(ids) == written
     if not any(mark in passage + said + question for mark in control_tokens(tokenizer).ids) and style != "unigram":
         assert ids == tokenizer(written, add_special_tokens=False)["input_ids"]
@@ -166,7 +173,7 @@ def test_answers_and_documents_stay_text(style: str, text: str) -> None:
     assert len(controls_of(tokenizer, answer)) == 1 and answer[-1] in tokenizer.all_special_ids
     document = encode_text(tokenizer, text)
     assert controls_of(tokenizer, document) == []
-    if style in ("chatml", "llama3", "thinking", "gemma"):
+    if style in ("chatml", "llama3", "thinking", "gemma", "phi"):
         assert tokenizer.decode(document) == text
 
 
@@ -219,6 +226,31 @@ def test_template_that_changes_what_it_is_told() -> None:
             assert controls_of(tokenizer, ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
             assert tokenizer.decode(ids) == render(tokenizer, messages, add_generation_prompt=True)
     tokenizer.chat_template = CHATML
+
+
+CALLS = (  # it writes what a turn calls, names of arguments too
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for call in m['tool_calls'] or [] %}{% set function = call['function'] %}{{ function['name'] }}"
+    "{% for name, value in function['arguments'].items() %}"
+    "{{ name + '=' + value }}{% endfor %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+)
+
+
+@SMALL
+@given(text=TEXTS, called=TEXTS, argument=TEXTS)
+def test_parts_and_calls_stay_text(text: str, called: str, argument: str) -> None:
+    tokenizer = open_tokenizer("chatml")
+    call = {"type": "function", "id": called, "function": {"name": called, "arguments": {argument: text}}}
+    messages: Any = [
+        {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": argument}]},
+        {"role": "assistant", "content": [], "tool_calls": [call]},
+    ]
+    tokenizer.chat_template = CALLS
+    ids, written = encode_prompt(tokenizer, messages), render(tokenizer, messages, add_generation_prompt=True)
+    tokenizer.chat_template = CHATML
+    assert controls_of(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"] * 2
+    assert tokenizer.decode(ids) == written
 
 
 def test_what_cannot_be_kept_apart_is_refused() -> None:

@@ -20,9 +20,12 @@ from openai import APIConnectionError, BadRequestError, InternalServerError, Not
 from llmops.foundation.artifacts import begin_artifact, input_digest, seal, verify
 from llmops.compression.quantization import QuantizationParams, quantize_rtn, write_checkpoint
 from llmops.compression.repack import RepackError, checkpoint_tensors, gptq_weight, repack_checkpoint, unequal_tensors
-from llmops.deployment.llamacpp import LlamaCppEngine, llamacpp_server
-from llmops.deployment.requests import ApiError, ChatRequest
-from llmops.deployment.token_prompts import gguf_control_tokens
+from llmops.deployment.gateway import word_error
+from llmops.deployment.llamacpp import LlamaCppEngine, llamacpp_reader, llamacpp_server
+from llmops.deployment.requests import ApiError, ChatRequest, parse_request
+from llmops.deployment.token_prompts import apply_template, gguf_control_tokens, template_gaps
+from llmops.deployment.transformers_engine import encode_request
+from llmops.foundation.chat import ChatTemplateError, pin_templates, render
 from llmops.deployment.serving import KIND, VOLATILE_FILES, ServingError, ServingParams, main, run_server, run_serving
 from llmops.foundation.models import load_model, load_tokenizer
 from llmops.foundation.tiny import tiny_model
@@ -393,19 +396,73 @@ def test_places_and_methods(server):
     assert httpx.options(f"{base}chat/completions").status_code == 204
 
 
-def test_what_a_template_refuses_is_the_clients_fault(gptq, tmp_path):
-    folder = shutil.copytree(gptq, tmp_path / "strict")
-    rule = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for turn in messages %}{% if (turn.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{{ turn.role + ':' + turn.content }}{% endfor %}"
+)
+DEAF = (
+    "{% for turn in messages if turn.role in ('user', 'assistant') %}{{ turn.role + ':' + turn.content }}{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {"role": "tool", "content": "sunny", "tool_call_id": "call_1"}
+
+
+@pytest.fixture(scope="module", params=[GEMMA, DEAF], ids=["gemma", "deaf"])
+def strict(gptq, tmp_path_factory, request):
+    "An engine, a client of its llama.cpp, and the tokenizer of a model with a template that knows little."
+    home = tmp_path_factory.mktemp("strict")
+    folder = shutil.copytree(gptq, home / "model")
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = rule + tokenizer.chat_template
+    tokenizer.chat_template = request.param
+    tokenizer.save_pretrained(folder)
+    repack_checkpoint(folder, home / "model.gguf")
+    server = llamacpp_server(home / "model.gguf", "m", 256, 1, 1, str(home / "up.sock"))
+    with llamacpp_reader(server.listening_address) as reader:
+        gaps = template_gaps(reader)
+    yield LlamaCppEngine(server, gguf_control_tokens(home / "model.gguf"), slots=1, gaps=gaps), tokenizer
+    del server
+
+
+ASSISTANT = {"role": "assistant", "content": "Hi"}
+
+
+@pytest.mark.parametrize("messages", [[SYSTEM], [SYSTEM, ASSISTANT], [*HELLO, ASSISTANT, TOOL]])
+def test_what_a_template_does_not_take_is_refused(strict, messages):
+    engine, tokenizer = strict
+    request = parse_request(json.dumps({"model": "m", "messages": messages, "max_tokens": 2}).encode(), "m")
+    with pytest.raises((ApiError, ChatTemplateError), match="^messages: the model's chat template") as e:
+        asyncio.run(engine(request))
+    assert word_error(e.value).status == 400
+    with pytest.raises(ChatTemplateError, match="^messages: the model's chat template"):
+        encode_request(tokenizer, request, 256)
+
+
+def test_what_a_template_does_not_know_is_written_into_the_turns(strict):
+    engine, tokenizer = strict
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Seoul"}'}}
+    turns = [SYSTEM, *HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, *HELLO]
+    body = {"model": "m", "messages": turns, "max_tokens": 2}
+    request = parse_request(json.dumps(body).encode(), "m")
+    answer = json.loads(asyncio.run(engine(request)).body)
+    ids = encode_request(tokenizer, request, 256)
+    assert answer["usage"]["prompt_tokens"] == len(ids) and "Seoul" in tokenizer.decode(ids)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    with pytest.raises(ApiError, match="^tools: the llama.cpp engine"):
+        asyncio.run(engine(parse_request(json.dumps(body | {"tools": tools}).encode(), "m")))
+
+
+def test_a_pinned_date_is_the_same_in_llamacpp(gptq, tmp_path):
+    folder = shutil.copytree(gptq, tmp_path / "dated")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + DEAF
+    pin_templates(tokenizer, "2026-01-31")
     tokenizer.save_pretrained(folder)
     repack_checkpoint(folder, tmp_path / "model.gguf")
     server = llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / "up.sock"))
-    request = ChatRequest(model="m", messages=[{"role": "system", "content": "Be brief."}], max_tokens=2)
-    engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
-    with pytest.raises(ApiError, match="does not take these turns: System role not supported") as e:
-        asyncio.run(engine(request))
-    assert e.value.status == 400
+    with llamacpp_reader(server.listening_address) as reader:
+        assert apply_template(reader, HELLO) == render(tokenizer, HELLO, add_generation_prompt=True)
+        assert apply_template(reader, HELLO).startswith("31 Jan 2026: user:")
 
 
 def test_an_engine_that_is_dead_is_not_well(gptq, tmp_path):

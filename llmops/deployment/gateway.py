@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .requests import IGNORED_HEADER, ApiError, ChatRequest, ServingError, parse_request, template_refused
+from .requests import (
+    IGNORED_HEADER, ApiError, ChatRequest, ServingError, parse_request, template_refused)
 from .streaming import while_connected
 from ..foundation.chat import ChatTemplateError
 

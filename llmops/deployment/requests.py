@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['COMMON', 'HINTS', 'NEUTRAL', 'IGNORED_HEADER', 'ServingError', 'ApiError', 'context_exceeded', 'template_refused',
            'drop_nulls', 'part_text', 'join_parts', 'FunctionCall', 'ToolCall', 'drop_empty', 'Message', 'plain_turn',
-           'StreamOptions', 'ResponseFormat', 'Function', 'Tool', 'as_list', 'ChatRequest', 'settle_tools',
-           'unify_request', 'first_error', 'parse_request', 'changes_nothing', 'ignored_fields', 'report_ignored']
+           'parse_arguments', 'write_calls', 'StreamOptions', 'ResponseFormat', 'Function', 'Tool', 'as_list',
+           'ChatRequest', 'settle_tools', 'unify_request', 'first_error', 'parse_request', 'changes_nothing',
+           'ignored_fields', 'report_ignored']
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #80d89f1e
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -83,7 +85,7 @@ def join_parts(
     return "".join(part_text(number, part) for number, part in enumerate(content))
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #3a99964b
-class FunctionCall(BaseModel, strict=True):
+class FunctionCall(BaseModel, strict=True, extra="forbid"):
     "What the assistant wants to be called."
     name: str  # of the function
     arguments: str = "{}"  # a JSON object, written as a text
@@ -91,11 +93,14 @@ class FunctionCall(BaseModel, strict=True):
     _given = model_validator(mode="before")(drop_nulls)
 
 
-class ToolCall(BaseModel, strict=True):
+class ToolCall(BaseModel, strict=True, extra="forbid"):
     "A call that an assistant turn asks for."
     id: str  # the tool turn that answers it carries the same
     type: Literal["function"] = "function"  # no other kind is known
     function: FunctionCall  # name and arguments
+    index: int = Field(0, exclude=True)  # left over from a stream; the order says the same
+
+    _given = model_validator(mode="before")(drop_nulls)
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #385241e8
 def drop_empty(
@@ -142,6 +147,31 @@ def plain_turn(
         turn["reasoning_content"] = message.reasoning_content
     return turn
 
+# %% ../../nbs/08_deployment/01_requests.ipynb #afe085aa
+def parse_arguments(
+    call: dict[str, Any],  # as OpenAI writes it: the arguments are a text
+) -> dict[str, Any]:  # the same with the arguments as an object, where they are one
+    "A tool call as chat templates read it."
+    function = dict(call["function"])
+    try:
+        function["arguments"] = json.loads(function["arguments"])
+    except ValueError:
+        pass  # a model wrote it, and templates take a text too
+    return call | {"function": function}
+
+
+def write_calls(
+    turn: dict[str, Any],  # of `plain_turn`
+) -> dict[str, Any]:  # its tool calls are a part of its content
+    "A turn whose calls are read by every template. The form is the one that llama.cpp gives them."
+    if "tool_calls" not in turn:
+        return turn
+    written = []
+    for call in map(parse_arguments, turn["tool_calls"]):
+        written.append({"name": call["function"]["name"], "arguments": call["function"]["arguments"], "id": call["id"]})
+    said = {"tool_calls": written, "content": turn["content"]}
+    return {**{k: v for k, v in turn.items() if k != "tool_calls"}, "content": json.dumps(said, ensure_ascii=False)}
+
 # %% ../../nbs/08_deployment/01_requests.ipynb #740bfe05
 class StreamOptions(BaseModel, strict=True, extra="forbid"):
     "How a stream ends."
@@ -151,10 +181,12 @@ class StreamOptions(BaseModel, strict=True, extra="forbid"):
     _given = model_validator(mode="before")(drop_nulls)
 
 
-class ResponseFormat(BaseModel, strict=True):
+class ResponseFormat(BaseModel, strict=True, extra="forbid"):
     "The form of an answer."
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None  # `name` and `schema`, for the type json_schema
+
+    _given = model_validator(mode="before")(drop_nulls)
 
     @model_validator(mode="after")
     def _check(self) -> "ResponseFormat":
@@ -170,10 +202,12 @@ class Function(BaseModel, strict=True, extra="allow"):
     _given = model_validator(mode="before")(drop_nulls)
 
 
-class Tool(BaseModel, strict=True):
+class Tool(BaseModel, strict=True, extra="forbid"):
     "A function that the model may call."
     type: Literal["function"]  # no other kind is known
     function: Function
+
+    _given = model_validator(mode="before")(drop_nulls)
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #45aca49f
 def as_list(
@@ -293,7 +327,7 @@ def ignored_fields(
         if name in COMMON | fields or changes_nothing(name, value):
             continue
         if name not in HINTS and not (name == "tools" and request.tool_choice == "none"):
-            raise ApiError(f"{name}: the {engine} engine of this server does not have it", param=name)
+            raise ApiError(f"{name}: the {engine} engine of this server does not have it for this model", param=name)
         ignored.append(name)
     named = any(message.name and message.role != "tool" for message in request.messages)
     return [*ignored, "messages.name"] if named else ignored

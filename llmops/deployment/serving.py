@@ -32,9 +32,9 @@ from pydantic import Field
 
 from ..compression.repack import RepackError, repack_checkpoint
 from .gateway import Engine, create_app
-from .llamacpp import LlamaCppEngine, llamacpp_server
+from .llamacpp import LlamaCppEngine, llamacpp_reader, llamacpp_server
 from .requests import ServingError
-from .token_prompts import chat_tokens, gguf_control_tokens
+from .token_prompts import chat_tokens, fill_gaps, gguf_control_tokens, template_gaps
 from .transformers_engine import TransformersEngine
 from ..foundation.chat import ChatTemplateError, control_tokens
 from ..foundation.artifacts import MANIFEST, ArtifactError, input_digest, seal, verify, working_folder
@@ -84,7 +84,9 @@ def open_engine(
     if about["engine"] == "llamacpp":
         server = llamacpp_server(path / about["file"], about["model"], about["context"], threads, about["slots"],
                                  str(socket_folder / "llamacpp.sock"))
-        return server, LlamaCppEngine(server, gguf_control_tokens(path / about["file"]), about["slots"])
+        with llamacpp_reader(server.listening_address) as reader:
+            gaps = template_gaps(reader)
+        return server, LlamaCppEngine(server, gguf_control_tokens(path / about["file"]), about["slots"], gaps=gaps)
     import torch
     torch.set_num_threads(threads)
     model, tokenizer = load_model(about["source"])
@@ -221,9 +223,11 @@ def count_other_prompts(
     import httpx
     other, controls = 0, control_tokens(tokenizer)
     with httpx.Client(base_url=address, timeout=60) as client:
+        gaps = template_gaps(client)
         for messages in prompts:
             try:
-                other += chat_tokens(client, messages, controls) != encode_prompt(tokenizer, messages)
+                tokens = chat_tokens(client, fill_gaps(messages, gaps), controls)
+                other += tokens != encode_prompt(tokenizer, messages)
             except ChatTemplateError:  # llama.cpp refuses what the model's own template may take
                 other += 1
     return other

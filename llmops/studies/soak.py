@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'SLOTS', 'RESULTS', 'tiny_server', 'Leaver', 'draw_leavers', 'chat_body', 'http_message', 'read_until',
            'leave_early', 'time_next', 'wait_until_idle', 'held_by', 'soak_leavers', 'ask_once', 'Sequence',
-           'ask_in_a_row', 'soak_sequences', 'soak_engine', 'main']
+           'ask_in_a_row', 'soak_sequences', 'save_engine', 'soak_engine', 'main']
 
 # %% ../../nbs/11_studies/10_soak.ipynb #68718b83
 import argparse
@@ -250,23 +250,37 @@ def soak_sequences(
 RESULTS = "nbs/results/soak.json"
 
 
+def save_engine(
+    engine: str,  # llamacpp or transformers
+    found: dict[str, Any],  # of `soak_engine`
+    out: Path,  # the JSON file
+) -> None:
+    "Keep the results of one engine beside those of the other."
+    kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, kept | {engine: found}, sort_keys=True)
+
+# %% ../../nbs/11_studies/10_soak.ipynb #1f1971a5
 def soak_engine(
     engine: str,  # llamacpp or transformers
-    options: argparse.Namespace,  # clients, requests, pauses, seed
-) -> dict[str, Any]:  # `leavers` and `sequences`
-    "Put one engine through everything."
+    options: argparse.Namespace,  # clients, requests, pauses, seed, out
+) -> dict[str, Any]:  # `command`, `leavers` and `sequences`
+    "Put one engine through everything. What is finished is saved at once."
     with tiny_server(engine) as (address, process):
         client, model = open_client(address)
         client.close()
         leavers = draw_leavers(options.clients, options.seed)
-        found: dict[str, Any] = {"leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
+        asked = [f"--{name} {getattr(options, name)}" for name in ("clients", "requests", "pauses", "seed")]
+        found = {"command": " ".join(["python -m llmops.studies.soak --engines", engine, *asked]),
+                 "leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
         for clients in (1, 4, 16):
             row = soak_sequences(address, clients, options.requests, options.pauses, options.seed)
             found["sequences"].append(row)
+            save_engine(engine, found, resolve_path(options.out))
             print(engine, row, flush=True)
     return found
 
-
+# %% ../../nbs/11_studies/10_soak.ipynb #ca7464a2
 def main(
     args: list[str] | None = None,  # command line; this process's when None
 ) -> None:
@@ -279,10 +293,8 @@ def main(
     parser.add_argument("--seed", type=int, default=42, help="of the clients")
     parser.add_argument("--out", default=RESULTS, help="the JSON file to write")
     options = parser.parse_args(args)
-    found = {engine: soak_engine(engine, options) for engine in options.engines}
-    out = resolve_path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"command": vars(options), "engines": found})
+    for engine in options.engines:
+        soak_engine(engine, options)
 
 # %% ../../nbs/11_studies/10_soak.ipynb #14765f6d
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook
