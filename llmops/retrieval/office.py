@@ -559,12 +559,12 @@ def marginal_blocks(
     styles: WordStyles,  # of the file
 ) -> tuple[list[Any], Counter[str]]:  # paragraphs and tables, and what was left out
     "What stands in headers and footers, each text once."
+    from lxml import etree
     blocks, counts, seen = list[Any](), Counter[str](), set[str]()
     for part in sorted(package.namelist()):
         if not re.fullmatch(r"word/(header|footer)\d*\.xml", part):
             continue
         drop_page_numbers(root := parse_part(package.read(part)))
-        from lxml import etree
         root, left = prepare_part(etree.tostring(root), styles)
         counts |= left  # the same logo stands in several of them
         for link in list(root.iter(W + "hyperlink")):
