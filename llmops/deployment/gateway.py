@@ -7,7 +7,7 @@ __all__ = ['Engine', 'PLACES', 'LOCAL_ORIGIN', 'describe_model', 'word_error', '
            'local_only', 'chat_endpoint', 'model_endpoint', 'health_endpoint', 'create_app']
 
 # %% ../../nbs/08_deployment/06_gateway.ipynb #34ec273f
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from starlette.applications import Starlette
@@ -25,7 +25,7 @@ from .streaming import while_connected
 from ..foundation.chat import ChatTemplateError
 
 # %% ../../nbs/08_deployment/06_gateway.ipynb #536b3a94
-Engine = Callable[[ChatRequest], Awaitable[Response]]  # it answers a checked request
+Engine = Callable[[ChatRequest], Coroutine[Any, Any, Response]]  # it answers a checked request
 
 
 def describe_model(

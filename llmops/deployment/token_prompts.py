@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from .requests import write_calls
 from ..foundation.chat import (
-    ChatTemplateError, ControlTokens, check_left_out, make_control_tokens, mark_values, merge_system_message, pick_marks,
-    render_marked, split_marked)
+    ChatTemplateError, ControlTokens, check_left_out, make_control_tokens, mark_values, merge_system_message,
+    pick_marks, render_marked, split_marked)
 
 if TYPE_CHECKING:
     import httpx
@@ -171,10 +171,10 @@ def answer_schema(
     response_format: dict[str, Any] | None,  # of a request
 ) -> dict[str, Any]:  # `json_schema` for the completion endpoint, where an answer is JSON
     "The form of an answer as a JSON schema."
-    kind = (response_format or {"type": "text"})["type"]
-    if kind == "json_object":
+    form = response_format or {"type": "text"}
+    if form["type"] == "json_object":
         return {"json_schema": {"type": "object"}}
-    return {"json_schema": response_format["json_schema"]["schema"]} if kind == "json_schema" else {}
+    return {"json_schema": form["json_schema"]["schema"]} if form["type"] == "json_schema" else {}
 
 
 def completion_body(

@@ -271,8 +271,9 @@ def soak_engine(
         client.close()
         leavers = draw_leavers(options.clients, options.seed)
         asked = [f"--{name} {getattr(options, name)}" for name in ("clients", "requests", "pauses", "seed")]
-        found = {"command": " ".join(["python -m llmops.studies.soak --engines", engine, *asked]),
-                 "leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
+        found: dict[str, Any] = {
+            "command": " ".join(["python -m llmops.studies.soak --engines", engine, *asked]),
+            "leavers": soak_leavers(address, model, process.pid, leavers), "sequences": []}
         for clients in (1, 4, 16):
             row = soak_sequences(address, clients, options.requests, options.pauses, options.seed)
             found["sequences"].append(row)
