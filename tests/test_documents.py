@@ -127,6 +127,41 @@ def test_names_that_look_alike(tmp_path):
         }
 
 
+@pytest.mark.parametrize(
+    "declared, written, text",
+    [
+        ("iso-8859-1", "utf-8", "Crème brûlée, 12 €"),
+        ("utf-8", "cp949", "환불 규정은 14일입니다."),
+        ("ks_c_5601-1987", "cp949", "펲시 환불"),
+        ("utf-16", "utf-8", "Crème"),
+        ("gb2312", "gb18030", "退款政策朎"),
+        ("us-ascii", "cp1252", "It’s £20"),
+    ],
+)
+def test_a_page_and_a_message_in_another_encoding_than_they_say(tmp_path, declared, written, text):
+    page = f"<html><head><meta charset={declared}></head><body><p>{text}</p></body></html>"
+    (tmp_path / "a.html").write_bytes(page.encode(written))
+    mail = f"Subject: x\nContent-Type: text/plain; charset={declared}\nContent-Transfer-Encoding: 8bit\n\n{text}\n"
+    (tmp_path / "b.eml").write_bytes(mail.encode(written))
+    documents, problems = read_corpus(str(tmp_path), progress=False)
+    assert [d.text.strip() for d in documents] == [text, text] and not problems
+
+
+def test_an_error_about_a_text_names_the_file_once(tmp_path):
+    (tmp_path / "a: b.txt").write_bytes("good é\n".encode() + b"bad \xff\n")
+    (tmp_path / "b.csv").write_bytes("id,text\n1,Привет всем\n2,как дела\n".encode("koi8-r"))
+    (tmp_path / "c.txt").write_text("The fee is due.")
+    _, problems = read_corpus(str(tmp_path), progress=False)
+    assert [p["file"] for p in problems] == ["a: b.txt, line 2", "b.csv"]
+    for problem in problems:
+        assert problem["reason"].count(problem["file"][:5]) == 0 and "or give `encoding`" in problem["reason"]
+    with pytest.raises(IngestError, match="^encoding='koi9': no such encoding"):
+        read_corpus(str(tmp_path), encoding="koi9", progress=False)
+    (tmp_path / "a: b.txt").unlink()
+    documents, problems = read_corpus(str(tmp_path), encoding="koi8-r", progress=False)
+    assert [d.text for d in documents] == ["Привет всем", "как дела", "The fee is due."] and not problems
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp949", "euc-kr"])
 def test_rows_in_every_encoding_of_excel_and_powershell(tmp_path, encoding):
     text = "환불 규정은 14일입니다."

@@ -6,9 +6,10 @@
 __all__ = ['TEXT_PARSERS', 'ROW_SUFFIXES', 'SUFFIXES', 'Walk', 'relative_name', 'leave_out', 'is_hidden', 'sort_entry',
            'walk_folder', 'follow_link', 'walk_corpus', 'match_files', 'corpus_files', 'document_names',
            'html_encoding', 'read_text', 'file_suffix', 'check_file', 'parse_file', 'file_fault', 'read_document',
-           'report_attachments', 'add_documents', 'check_found', 'read_files', 'read_corpus']
+           'report_attachments', 'add_documents', 'check_found', 'check_choices', 'read_files', 'read_corpus']
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #9dd3387b
+import codecs
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -18,21 +19,22 @@ from pathlib import Path
 from typing import Literal
 
 from ..foundation.artifacts import resolve_source
-from ..foundation.reading import READERS, DataError
+from ..foundation.decoding import DataError, decode_text
+from ..foundation.rowfiles import READERS, row_format
 from .documents import (
-    Document, IngestError, Parsed, Report, UnreadableFile, canonical_text, detect_language, report_fault)
-from .encodings import decode_declared, decode_text, marked_encoding
+    Document, IngestError, Parsed, Report, UnreadableFile, canonical_text, data_fault, detect_language, report_fault)
+from .encodings import decode_declared
 from .html import parse_html
 from .mail import parse_mail
 from .markdown import parse_markdown
 from .pdf import parse_pdf
-from .rows import RowFields, row_documents, row_fault
+from .rows import RowFields, row_documents
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #0d38c66b
 TEXT_PARSERS: dict[str, Callable[[str], Parsed]] = {
     ".txt": Parsed, ".text": Parsed, ".log": Parsed, ".md": parse_markdown, ".markdown": parse_markdown,
     ".html": parse_html, ".htm": parse_html, ".xhtml": parse_html}
-ROW_SUFFIXES = (*READERS, ".json", ".json.gz")
+ROW_SUFFIXES = (*READERS, *(f"{suffix}.gz" for suffix in READERS if suffix != ".parquet"))
 SUFFIXES = (*TEXT_PARSERS, ".pdf", ".eml", *ROW_SUFFIXES)
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #bc9f7e04
@@ -184,11 +186,11 @@ def document_names(
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #8dea0352
 def html_encoding(
     data: bytes,  # an HTML page
-) -> str | None:  # None when the page names none, or its first bytes say more
+) -> str | None:  # None when the page names none, or one of Unicode, which its bytes tell better
     "The encoding that a page declares."
     from bs4.dammit import EncodingDetector
     declared = EncodingDetector.find_declared_encoding(data, is_html=True)
-    return None if marked_encoding(data) or declared == "utf-8" else declared
+    return None if (declared or "").startswith(("utf-8", "utf-16", "utf-32")) else declared
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #76170e68
 def read_text(
@@ -212,7 +214,8 @@ def file_suffix(
     path: Path,  # a file
 ) -> str:  # in lower case, e.g. `.txt` or `.json.gz`
     "What kind of file a name says."
-    return ".json.gz" if path.name.lower().endswith(".json.gz") else path.suffix.lower()
+    suffix = path.suffix.lower()
+    return f"{row_format(path.name)}.gz" if suffix == ".gz" and row_format(path.name) else suffix
 
 
 def check_file(
@@ -251,14 +254,13 @@ def parse_file(
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #b32ea0c2
 def file_fault(
     error: Exception,  # what was raised while a file was read
-    path: Path,  # the file
     name: str,  # its path below the corpus folder
 ) -> IngestError:  # an error of this kind stays as it is
     "Any error as one that names the file: whatever a library makes of a broken file, the rest of the corpus is read."
     if isinstance(error, IngestError):
         return error
     if isinstance(error, DataError):
-        return row_fault(error, path, name)
+        return data_fault(error, name)
     if isinstance(error, OSError):
         return UnreadableFile(name, f"cannot be read: {error.strerror or error}")
     return UnreadableFile(name, f"cannot be read ({type(error).__name__}: {str(error)[:100]})")
@@ -284,7 +286,7 @@ def read_document(
             return row_documents(path, name, fields, encoding, int(max_mb * 1e6), problems)
         return [parse_file(path, name, encoding)]
     except Exception as e:
-        raise file_fault(e, path, name) from None
+        raise file_fault(e, name) from None
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #e5adbe17
 def report_attachments(
@@ -317,6 +319,19 @@ def check_found(
     if not found:
         first = f"; the first: {problems[0]['file']}: {problems[0]['reason']}" if problems else ""
         raise IngestError(f"{ref}: no document in {files} file{'s' * (files != 1)}{first}")
+
+# %% ../../nbs/03_retrieval/09_ingestion.ipynb #cac6b585
+def check_choices(
+    skip: str,  # what is done with a file that cannot be used
+    encoding: str | None,  # of text files
+) -> None:
+    "Raise `IngestError` for a parameter that has no such value, before a file is opened."
+    if skip not in ("error", "report"):
+        raise IngestError(f"skip={skip!r}: expected 'error' or 'report'")
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError:
+        raise IngestError(f"encoding={encoding!r}: no such encoding; expected a name like 'utf-8' or 'cp949'") from None
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #1bde947b
 def read_files(
@@ -356,8 +371,7 @@ def read_corpus(
     progress: bool = True,  # show a bar
 ) -> tuple[list[Document], list[Report]]:  # documents by id, and `file` and `reason` of what was not used
     "All documents of a corpus. Raises `IngestError` when nothing can be used or two documents have one id."
-    if skip not in ("error", "report"):
-        raise IngestError(f"skip={skip!r}: expected 'error' or 'report'")
+    check_choices(skip, encoding)
     root, paths, left_out = corpus_files(ref, files)
     read = partial(read_document, root=root, text_field=text_field, id_field=id_field, title_field=title_field,
                    max_mb=max_mb, encoding=encoding)
