@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import MANIFEST, ArtifactError, read_manifest, seal
-from .curation import TEXT_FIELDS, normalize_text, text_id
+from .curation import TEXT_FIELDS, split_words, text_id
 from .project import project_root, relative_path, resolve_path
 from .reading import Row
 
@@ -149,9 +149,11 @@ def find_in_row(
     matches = []
     if ROW_ID.fullmatch(query.strip()) and row["id"] == query.strip():
         matches.append({"field": "id", "around": row.get("reason", "")})
-    words = normalize_text(query)
-    for name in TEXT_FIELDS:
-        text = normalize_text(row[name]) if name in row else ""
+    words = " ".join(split_words(query))
+    texts = [(name, row[name]) for name in TEXT_FIELDS if name in row]
+    texts += [("answers", answer) for answer in row.get("answers", []) if answer != row["answer"]]
+    for name, original in texts:
+        text = " ".join(split_words(original))
         start = f" {text}".find(f" {words}")
         if start >= 0:
             matches.append({"field": name, "around": text[max(0, start - 30):start + len(words) + 30]})
@@ -163,7 +165,7 @@ def find_rows(
     version: Version,  # where to look
 ) -> list[Row]:  # `version`, `digest`, `split` (`removed` for a row that was left out), `id`, `field`, `around`
     "The rows of a version that hold what one looks for. Raises `ArtifactError` for a query without a word."
-    if not normalize_text(query):
+    if not split_words(query):
         raise ArtifactError(f"trace: expected a row id or words that stand in a row, got {query!r}")
     rows = [row | {"id": key} for key, row in version.rows.items()]
     rows += [row | {"split": "removed"} for row in version.removed]
