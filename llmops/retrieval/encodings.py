@@ -14,7 +14,8 @@ from ..foundation.decoding import BOMS, DataError, decode_text, is_utf8
 WEB_NAMES = {  # as browsers take them (WHATWG, Encoding, section 4.2)
     "euc-kr": "cp949", "ks_c_5601-1987": "cp949", "ks_c_5601-1989": "cp949", "ksc5601": "cp949", "windows-949": "cp949",
     "iso-8859-1": "cp1252", "latin1": "cp1252", "iso-8859-9": "cp1254", "iso-8859-11": "cp874", "tis-620": "cp874",
-    "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950", "shift_jis": "cp932", "shift-jis": "cp932", "x-sjis": "cp932"}
+    "gb2312": "gb18030", "gbk": "gb18030", "big5": "cp950",
+    "shift_jis": "cp932", "shift-jis": "cp932", "x-sjis": "cp932"}
 ONE_BYTE = ("cp125", "cp874", "windows-125", "iso-8859-", "koi8-")  # code pages in which UTF-8 decodes to nonsense
 
 
@@ -31,7 +32,7 @@ def decode_declared(
     name: str,  # its file, for the error
     declared: str | None,  # the encoding that the text itself names, if it does
 ) -> tuple[str, str]:  # the text and the encoding
-    "A text in the encoding that it names, or in the one that it looks like. Raises `DataError` when that cannot be told."
+    "A text in the encoding that it names, or looks like. Raises `DataError` when that cannot be told."
     declared = (declared or "").strip().lower()
     known = WEB_NAMES.get(declared, declared)
     if not known or is_overruled(data, known):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Passage', 'format_passage', 'Packed', 'pack_passages', 'word_pattern', 'find_words', 'find_common_run',
-           'answer_attempts', 'locate_answer', 'Citation', 'cite_passages', 'bag_of_words', 'support_score',
-           'Threshold', 'threshold_options', 'choose_threshold', 'read_contexts', 'supports_answer', 'retrieved_row',
-           'retrieved_rows']
+           'answer_attempts', 'locate_folded', 'locate_answer', 'Citation', 'cite_passages', 'bag_of_words',
+           'support_score', 'Threshold', 'threshold_options', 'choose_threshold', 'read_contexts', 'supports_answer',
+           'retrieved_row', 'retrieved_rows']
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #d73aae6d
 import difflib
@@ -16,15 +16,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import regex
+
 from .cleaning import CleanText, clean_for_search
 from .index import HANGUL, analyse_text
 from ..foundation.artifacts import read_manifest
 from ..foundation.answers import reference_answers
-from ..foundation.curation import normalize_text
+from ..foundation.curation import WORD, normalize_text
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.prompts import INSTRUCTION, build_prompt
 from ..foundation.reading import Row, read_jsonl
 from ..foundation.project import ParamError, resolve_path
+from ..foundation.text import fold_text, fold_with_offsets, source_span
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #1cc1c540
 @dataclass(frozen=True)
@@ -91,8 +94,9 @@ def find_words(
     text: str,  # a passage
 ) -> tuple[int, int] | None:  # first character and one past the last
     "Where an answer stands in a text word for word, whatever the case and the punctuation."
-    end = r"(?!\w)" if not HANGUL.search(text) else r"(?=\W|[가-힣]|$)"  # a Korean particle may follow at once
-    found = re.search(r"\b" + r"\W+".join(map(word_pattern, words)) + end, text, re.IGNORECASE)
+    letter, gap = r"[\p{L}\p{M}\p{N}_]", r"[^\p{L}\p{M}\p{N}_]+"  # as in WORD
+    end = f"(?!{letter})" if not HANGUL.search(text) else f"(?!(?![가-힣]){letter})"  # a particle may follow at once
+    found = regex.search(f"(?<!{letter})" + gap.join(map(word_pattern, words)) + end, text, regex.IGNORECASE)
     return found.span() if found else None
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #5a581f85
@@ -102,7 +106,7 @@ def find_common_run(
     share: float = 0.6,  # of the words that the run must cover
 ) -> tuple[int, int] | None:  # first character and one past the last
     "Where the longest run of an answer's words stands in a text, two of them at least."
-    there = list(re.finditer(r"\w+", text))
+    there = list(WORD.finditer(text))
     matcher = difflib.SequenceMatcher(None, [w.lower() for w in words], [m[0].lower() for m in there], autojunk=False)
     run = matcher.find_longest_match()
     if run.size < 2 or run.size < share * len(words):
@@ -119,11 +123,25 @@ def answer_attempts(
     forms = [clean] if clean.origins is None else [clean, CleanText(text)]
     answers = [clean_answer.text] if clean_answer.origins is None else [clean_answer.text, answer]
     attempts: list[tuple[list[str], CleanText]] = []
-    for words in (re.findall(r"\w+", said) for said in answers):
+    for words in map(WORD.findall, answers):
         attempts += [(words, form) for form in forms if words]
     return attempts
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #8efbf5fb
+def locate_folded(
+    answer: str,  # what the model said
+    text: str,  # a passage
+) -> tuple[int, int] | None:  # first character and one past the last
+    "Where an answer stands in a text that writes the same letters in another way: NFD, wide digits, `ß` for `ss`."
+    if answer.isascii() and text.isascii():
+        return None
+    clean = clean_for_search(text)
+    folded, offsets = fold_with_offsets(clean.text)
+    words = WORD.findall(fold_text(clean_for_search(answer).text))
+    found = find_words(words, folded) if words else None
+    return clean.span(*source_span(offsets, *found)) if found else None
+
+# %% ../../nbs/03_retrieval/19_grounding.ipynb #80ab3ac7
 def locate_answer(
     answer: str,  # what the model said
     text: str,  # a passage
@@ -134,6 +152,8 @@ def locate_answer(
     for words, form in attempts:
         if found := find_words(words, form.text):
             return form.span(*found)
+    if attempts and (span := locate_folded(answer, text)):
+        return span
     for words, form in attempts:
         if found := find_common_run(words, form.text, share):
             return form.span(*found)
@@ -170,7 +190,7 @@ def bag_of_words(
     text: str,  # any text
 ) -> set[str]:  # lower case; Hangul as pairs of syllables
     "The words of a text."
-    return set(re.findall(r"\w+", analyse_text(text, "bigrams").lower()))
+    return set(WORD.findall(analyse_text(text, "bigrams").lower()))
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #4c97fde0
 def support_score(

@@ -34,7 +34,7 @@ from .rows import RowFields, row_documents
 TEXT_PARSERS: dict[str, Callable[[str], Parsed]] = {
     ".txt": Parsed, ".text": Parsed, ".log": Parsed, ".md": parse_markdown, ".markdown": parse_markdown,
     ".html": parse_html, ".htm": parse_html, ".xhtml": parse_html}
-ROW_SUFFIXES = (*READERS, *(f"{suffix}.gz" for suffix in READERS if suffix != ".parquet"))
+ROW_SUFFIXES = (*READERS, *(f"{suffix}.gz" for suffix in READERS if row_format(f"x{suffix}.gz")))
 SUFFIXES = (*TEXT_PARSERS, ".pdf", ".eml", *ROW_SUFFIXES)
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #bc9f7e04
