@@ -267,6 +267,8 @@ def row_texts(
         for field in TEXT_FIELDS:
             if field in row:
                 yield f"{name} row {row['id']}, {field}", row[field]
+        for answer in row.get("answers", ())[1:]:  # the first is `answer`
+            yield f"{name} row {row['id']}, answers", answer
 
 # %% ../../nbs/00_foundation/16_curation.ipynb #b7280108
 def contaminated_rows(
@@ -280,9 +282,9 @@ def contaminated_rows(
     reasons = find_overlaps(texts, others, size, threshold)
     contaminated: dict[str, str] = {}
     for row in rows:
-        for field in reversed(TEXT_FIELDS):  # the first field that gives something away is the reason
-            if row.get(field) in reasons:
-                contaminated[row["id"]] = reasons[row[field]]
+        found = [reasons[text] for _, text in row_texts([row], "") if text in reasons]
+        if found:  # the first field that gives something away is the reason
+            contaminated[row["id"]] = found[0]
     return contaminated
 
 # %% ../../nbs/00_foundation/16_curation.ipynb #a019a85a

@@ -295,7 +295,7 @@ def report_attachments(
     "The attachments that were not read."
     names = document.metadata.get("attachments", "") if document.metadata.get("suffix") == ".eml" else ""
     reason = "attachments are not read; save it as a file of its own"
-    return [{"file": f"{document.source}, attachment {name}", "reason": reason} for name in names.split(", ") if name]
+    return [{"file": f"{document.source}, attachment {name}", "reason": reason} for name in names.split("\n") if name]
 
 # %% ../../nbs/03_retrieval/09_ingestion.ipynb #1e9e6a89
 def add_documents(
