@@ -1,5 +1,6 @@
 """Documents as people have them: what is in a folder is read or named, numbers stay, and a citation points at the original."""
 
+import gzip
 import io
 import json
 import os
@@ -125,6 +126,41 @@ def test_names_that_look_alike(tmp_path):
             "환불.txt": "NFC",
             ascii(unicodedata.normalize("NFD", "환불.txt"))[1:-1]: "NFD",
         }
+
+
+@pytest.mark.parametrize(
+    "declared, written, text",
+    [
+        ("iso-8859-1", "utf-8", "Crème brûlée, 12 €"),
+        ("utf-8", "cp949", "환불 규정은 14일입니다."),
+        ("ks_c_5601-1987", "cp949", "펲시 환불"),
+        ("utf-16", "utf-8", "Crème"),
+        ("gb2312", "gb18030", "退款政策朎"),
+        ("us-ascii", "cp1252", "It’s £20"),
+    ],
+)
+def test_a_page_and_a_message_in_another_encoding_than_they_say(tmp_path, declared, written, text):
+    page = f"<html><head><meta charset={declared}></head><body><p>{text}</p></body></html>"
+    (tmp_path / "a.html").write_bytes(page.encode(written))
+    mail = f"Subject: x\nContent-Type: text/plain; charset={declared}\nContent-Transfer-Encoding: 8bit\n\n{text}\n"
+    (tmp_path / "b.eml").write_bytes(mail.encode(written))
+    documents, problems = read_corpus(str(tmp_path), progress=False)
+    assert [d.text.strip() for d in documents] == [text, text] and not problems
+
+
+def test_an_error_about_a_text_names_the_file_once(tmp_path):
+    (tmp_path / "a: b.txt").write_bytes("good é\n".encode() + b"bad \xff\n")
+    (tmp_path / "b.csv").write_bytes("id,text\n1,Привет всем\n2,как дела\n".encode("koi8-r"))
+    (tmp_path / "c.txt").write_text("The fee is due.")
+    _, problems = read_corpus(str(tmp_path), progress=False)
+    assert [p["file"] for p in problems] == ["a: b.txt, line 2", "b.csv"]
+    for problem in problems:
+        assert problem["reason"].count(problem["file"][:5]) == 0 and "or give `encoding`" in problem["reason"]
+    with pytest.raises(IngestError, match="^encoding='koi9': no such encoding"):
+        read_corpus(str(tmp_path), encoding="koi9", progress=False)
+    (tmp_path / "a: b.txt").unlink()
+    documents, problems = read_corpus(str(tmp_path), encoding="koi8-r", progress=False)
+    assert [d.text for d in documents] == ["Привет всем", "как дела", "The fee is due."] and not problems
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp949", "euc-kr"])
@@ -431,3 +467,62 @@ def test_a_message_is_read_and_its_attachments_are_named(tmp_path):
     assert first.metadata["from"] == "Bo <bo@example.org>" and first.metadata["attachments"] == "영수증.pdf"
     assert (second.title, second.text) == ("Fees", "10^2 환불")
     assert [p["file"] for p in problems] == ["a.EML, attachment 영수증.pdf", "b.eml"]
+
+
+def test_a_message_with_a_mark_and_an_attachment_whose_name_holds_a_comma(tmp_path):
+    letter = EmailMessage()
+    letter["Subject"] = "Fees"
+    letter.set_content("Please see below.")
+    letter.add_attachment(b"%PDF", maintype="application", subtype="pdf", filename="fees, 2025.pdf")
+    (tmp_path / "a.eml").write_bytes(b"\xef\xbb\xbf" + letter.as_bytes())
+    [document], problems = read_corpus(str(tmp_path), progress=False)
+    assert (document.title, document.text) == ("Fees", "Please see below.\n")
+    assert [p["file"] for p in problems] == ["a.eml, attachment fees, 2025.pdf"]
+
+
+@pytest.mark.parametrize(
+    "answer, text, there",
+    [
+        (unicodedata.normalize("NFD", "환불 규정"), "카드 환불 규정은 14일이다.", "환불 규정"),
+        ("환불 규정", unicodedata.normalize("NFD", "카드 환불 규정은"), unicodedata.normalize("NFD", "환불 규정")),
+        ("ｶﾞｽ", "東京ガス に", "ガス"),
+        ("14", "within １４ days", "１４"),
+        ("strasse", "in der Straße 5", "Straße"),
+        ("10%", "costs \u206610\u2069 ٪ more", "10"),
+        ("दिन", "वह दीन है, आज का दिन अच्छा", "दिन"),
+    ],
+)
+def test_an_answer_is_cited_in_whatever_characters_the_document_has(answer, text, there):
+    [citation] = cite_passages(answer, [Passage("a.txt", text, 5)])
+    assert citation.quote.strip("\u2066\u2069") == there
+    assert text[citation.start - 5 : citation.end - 5] == citation.quote
+
+
+def test_a_word_with_other_vowels_is_not_cited():
+    assert cite_passages("दिन", [Passage("a.txt", "दीन और दान", 0)]) == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json", ".tsv", ".ndjson"])
+def test_rows_of_every_format_compressed_or_not(tmp_path, suffix):
+    rows = {".csv": "text\nThe fee is £5.\n", ".tsv": "id\ttext\n1\tThe fee is £5.\n"}
+    data = rows.get(suffix, '{"text": "The fee is £5."}\n').encode("cp1252")
+    (tmp_path / f"a{suffix.upper()}").write_bytes(data)
+    (tmp_path / f"b{suffix}.gz").write_bytes(gzip.compress(data))
+    documents, problems = read_corpus(str(tmp_path), progress=False)
+    assert [d.text for d in documents] == ["The fee is £5."] * 2 and not problems
+
+
+def test_a_small_file_that_unfolds_to_gigabytes_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"x" * 3_000_000 + b'"}'))
+    (tmp_path / "b.txt").write_text("The fee is due.")
+    documents, problems = read_corpus(str(tmp_path), max_mb=1, progress=False)
+    assert [d.id for d in documents] == ["b.txt"]
+    assert problems == [{"file": "a.jsonl.gz", "reason": "unfolds to more than 1 MB; raise `max_mb`, or split it"}]
+
+
+def test_a_filled_in_field_of_a_page_is_a_word_of_its_own():
+    assert parse_html("<p><label>Name</label><textarea>Ann</textarea>Thanks</p>").text.split() == [
+        "Name",
+        "Ann",
+        "Thanks",
+    ]

@@ -168,7 +168,7 @@ def test_a_hostile_file_stays_small(tmp_path):
     (tmp_path / "deep.html").write_text("<div>" * 30_000 + "<p>deep")
     assert read_document(tmp_path / "deep.html")[0].text == "deep"
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(IngestError, match="deep.json: not a JSON file"):
+    with pytest.raises(IngestError, match="deep.json: not valid JSON: nested too deeply"):
         read_document(tmp_path / "deep.json")
 
 
@@ -177,7 +177,7 @@ def test_long_lines_cost_no_more_than_short_ones(tmp_path):
     import time
 
     start = time.process_time()
-    for text in ("a b " * 250_000, "a b " * 250_000 + "환불"):
+    for text in ("a b " * 250_000, "a b " * 250_000 + "환불 규정"):
         [doc] = read_document((tmp_path / "a.txt", (tmp_path / "a.txt").write_bytes(text.encode("cp949")))[0])
         assert doc.text == text
     assert time.process_time() - start < 3

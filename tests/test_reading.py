@@ -337,6 +337,43 @@ def test_all_reference_answers_are_kept(tmp_path: Path, answers: object) -> None
     assert one["answer"] == "Oslo" and "answers" not in one
 
 
+def test_answers_beside_the_answer_are_kept_when_they_hold_it(tmp_path: Path) -> None:
+    row = {"passage": "Ann lives in Oslo.", "question": "Where?", "answer": "Oslo"}
+    others: list[object] = [
+        ["Oslo", "in Oslo"],
+        {"text": ["Oslo", "in Oslo"]},
+        ["Rome", "Bergen"],
+        {"A": "Rome"},
+        None,
+        [],
+    ]
+    lines = "".join(json.dumps(row | {"answers": other}) + "\n" for other in others)
+    (tmp_path / "a.jsonl").write_text(lines)
+    rows, bad = check_rows(str(tmp_path / "a.jsonl"), {name: name for name in row})
+    assert not bad and [r.get("answers") for r in rows] == [["Oslo", "in Oslo"]] * 2 + [None] * 4
+    assert {r["answer"] for r in rows} == {"Oslo"}
+
+
+@pytest.mark.parametrize(
+    "text, encoding, expected",
+    [
+        ("The fee is £20 – or 5 €.", "cp1252", "cp1252"),
+        ("Café à Genève, l’été dernier", "cp1252", "cp1252"),
+        ("환불 규정", "cp949", "cp949"),
+        ("a b " * 20_000 + "환불 규정", "cp949", "cp949"),
+        ("价格", "gb18030", None),
+        ("1,Привет всем", "koi8-r", None),
+        ("환불", "cp949", None),
+    ],
+)
+def test_a_few_letters_are_told_or_refused(text: str, encoding: str, expected: str | None) -> None:
+    if expected:
+        assert decode_text(text.encode(encoding), "a.txt") == (text, expected)
+    else:
+        with pytest.raises(DataError, match="a.txt: its encoding cannot be told"):
+            decode_text(text.encode(encoding), "a.txt")
+
+
 def test_squads_own_file(tmp_path: Path) -> None:
     path = write(tmp_path / "train-v2.0.json", json.dumps(SQUAD))
     one, two = check_rows(str(path), FIELDS)[0]

@@ -31,7 +31,7 @@ def read_existing_rows(
     return [row for _, row in read_rows(str(file))]
 
 # %% ../../nbs/06_decision/02_regressions.ipynb #51ab9414
-QUESTION_FIELDS = ("id", "passage", "question", "answer", "answerable")
+QUESTION_FIELDS = ("id", "passage", "question", "answer", "answers", "answerable")  # `answers` where there are several
 
 
 def make_case(
@@ -44,7 +44,7 @@ def make_case(
     if row not in predictions:
         raise EvaluationError(f"{row}: no such question in {relative_path(version.path)}")
     question = next(r for r in evaluated_rows(version) if r["id"] == row)
-    case = {field: question[field] for field in QUESTION_FIELDS}
+    case = {field: question[field] for field in QUESTION_FIELDS if field in question}
     return case | {"failed": predictions[row], "version": version.version, "why": why}
 
 # %% ../../nbs/06_decision/02_regressions.ipynb #49ed1eff

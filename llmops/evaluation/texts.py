@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CJK', 'TOKEN', 'MultilingualTokenizer', 'choose_bleu_tokenizer', 'rouge_scorer', 'rouge_scores', 'sacrebleu_metric',
            'sentence_bleu', 'sentence_chrf', 'corpus_scores', 'unit_vectors', 'cosine_similarities',
-           'perplexity_scores', 'check_predictions', 'score_each_text', 'score_texts']
+           'perplexity_scores', 'check_predictions', 'score_pair', 'score_each_text', 'score_texts']
 
 # %% ../../nbs/04_evaluation/04_texts.ipynb #f770fd9c
 import math
@@ -13,9 +13,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
+from ..foundation.answers import reference_answers
 from ..foundation.encoders import Encode
 from ..foundation.stats import EvaluationError, named_interval
 
@@ -94,11 +95,11 @@ def sentence_chrf(
 # %% ../../nbs/04_evaluation/04_texts.ipynb #b6944ee2
 def corpus_scores(
     predictions: Sequence[str],  # what the model said
-    references: Sequence[str],  # what it should have said
+    references: Sequence[list[str]],  # what it should have said: one text or several for each
     tokenize: str = "13a",  # sacrebleu's name of a tokenizer, for BLEU
 ) -> dict[str, float]:  # corpus_bleu and corpus_chrf, 0 to 1
     "BLEU and chrF of all texts together."
-    texts = list(predictions), [list(references)]
+    texts = list(predictions), [list(stream) for stream in zip_longest(*references)]  # None where there are fewer
     bleu = sacrebleu_metric("corpus_bleu", tokenize).corpus_score(*texts).score
     chrf = sacrebleu_metric("chrf").corpus_score(*texts).score
     return {"corpus_bleu": float(bleu) / 100, "corpus_chrf": float(chrf) / 100}
@@ -166,24 +167,34 @@ def check_predictions(
         seen.add(row["id"])
 
 # %% ../../nbs/04_evaluation/04_texts.ipynb #65f437b8
+def score_pair(
+    prediction: str,  # what the model said
+    reference: str,  # what it should have said
+    tokenize: str = "13a",  # BLEU's tokenizer
+) -> dict[str, float]:  # rouge1, rouge2, rougeL, bleu, chrf, 0 to 1
+    "Every metric of two texts that needs no embedding model."
+    bleu, chrf = sentence_bleu(prediction, reference, tokenize), sentence_chrf(prediction, reference)
+    return rouge_scores(prediction, reference) | {"bleu": bleu, "chrf": chrf}
+
+# %% ../../nbs/04_evaluation/04_texts.ipynb #373c8e21
 def score_each_text(
     rows: Sequence[dict[str, Any]],  # with `id`, `gold` and `prediction`
     tokenize: str,  # BLEU's tokenizer
     encode: Encode | None = None,  # an embedding model, for `similarity`
 ) -> list[dict[str, Any]]:  # per row: id, rouge1, rouge2, rougeL, bleu, chrf[, similarity]
-    "Every text metric of every answer."
-    scores = []
-    for row in rows:
-        texts = row["prediction"], row["gold"]
-        bleu, chrf = sentence_bleu(*texts, tokenize), sentence_chrf(*texts)
-        scores.append({"id": row["id"], **rouge_scores(*texts), "bleu": bleu, "chrf": chrf})
+    "Every text metric of every answer; with several references each metric's best."
+    pairs = [(row["prediction"], gold) for row in rows for gold in reference_answers(row)]
+    values = [score_pair(*pair, tokenize) for pair in pairs]
     if encode is not None:
-        similarities = cosine_similarities([r["prediction"] for r in rows], [r["gold"] for r in rows], encode)
-        for score, similarity in zip(scores, similarities, strict=True):
-            score["similarity"] = similarity
+        similarities = cosine_similarities([said for said, _ in pairs], [gold for _, gold in pairs], encode)
+        values = [value | {"similarity": s} for value, s in zip(values, similarities, strict=True)]
+    scores, left = [], iter(values)
+    for row in rows:
+        of_row = [next(left) for _ in reference_answers(row)]
+        scores.append({"id": row["id"]} | {name: max(value[name] for value in of_row) for name in of_row[0]})
     return scores
 
-# %% ../../nbs/04_evaluation/04_texts.ipynb #cac2bf58
+# %% ../../nbs/04_evaluation/04_texts.ipynb #4b3f34e6
 def score_texts(
     rows: Sequence[dict[str, Any]],  # with `id`, `gold` and `prediction`
     encode: Encode | None = None,  # an embedding model, for `similarity`
@@ -192,8 +203,8 @@ def score_texts(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # of `score_each_text`; and the summary
     "Scores and summary: each mean with `_low` and `_high` (95%), corpus BLEU and chrF, BLEU's tokenizer."
     check_predictions(rows)
-    predictions, references = [r["prediction"] for r in rows], [r["gold"] for r in rows]
-    tokenize = choose_bleu_tokenizer(references)
+    predictions, references = [r["prediction"] for r in rows], [reference_answers(r) for r in rows]
+    tokenize = choose_bleu_tokenizer([text for texts in references for text in texts])
     scores = score_each_text(rows, tokenize, encode)
     summary: dict[str, Any] = {"questions": len(rows), "tokenizer": tokenize}
     summary |= corpus_scores(predictions, references, tokenize)

@@ -139,17 +139,19 @@ def squad_exact_match(
 
 # %% ../../nbs/00_foundation/10_answers.ipynb #c73b3ca8
 def reference_answers(
-    row: dict[str, Any],  # a question with `answer`, and `answers` where there are several
+    row: dict[str, Any],  # a question with `answer`, or a scored one with `gold`; `answers` where there are several
 ) -> list[str]:  # at least one
     "All answers that are right."
-    return list(dict.fromkeys([row["answer"], *(row.get("answers") or ())]))
+    several = row.get("answers")
+    first = row["answer"] if "answer" in row else row["gold"]
+    return list(dict.fromkeys([first, *(several if isinstance(several, list) else ())]))
 
 # %% ../../nbs/00_foundation/10_answers.ipynb #ac9162ee
 def score_answer(
-    row: dict[str, Any],  # a question with `id`, `question`, `answer`, `answerable`, and `answers` where there are several
+    row: dict[str, Any],  # a question with `id`, `question`, `answer`, `answerable`, and perhaps several `answers`
     answer: str,  # what the model said
     refusal: str = REFUSAL,  # how the data say that there is no answer
-) -> dict[str, Any]:  # id, question, gold, prediction, answerable, f1, exact_match, squad_f1, squad_exact_match, refused
+) -> dict[str, Any]:  # id, question, gold, prediction, answerable, refused, f1, exact_match, and both as SQuAD's
     "Put an answer beside its question and score it; `answers` is kept where there are several."
     golds = reference_answers(row)
     several = {"answers": golds} if len(golds) > 1 else {}
@@ -192,7 +194,7 @@ def summarize_scores(
 # %% ../../nbs/00_foundation/10_answers.ipynb #04391b33
 def compare_with_squad(
     predictions: list[dict[str, Any]],  # rows of `score_answers`
-) -> list[dict[str, Any]]:  # for F1 and exact match: `here`, `squad`, and in how many answers the one is higher or lower
+) -> list[dict[str, Any]]:  # for F1 and exact match: `here`, `squad`, and how many answers are higher or lower
     "The project's figures beside those of the SQuAD script."
     table = []
     for name in ("f1", "exact_match"):

@@ -146,7 +146,7 @@ def joins(
 def fold_with_offsets(
     text: str,  # any text
     case: bool = True,  # fold upper and lower case too
-) -> tuple[str, list[int]]:  # what `fold_text` gives; for each of its characters the place in `text`, and `len(text)` last
+) -> tuple[str, list[int]]:  # what `fold_text` gives; the place in `text` of each of its characters, then `len(text)`
     "A folded text, and where each of its characters comes from."
     groups: list[tuple[str, int]] = []  # characters that become one, and the place of the first
     for piece, place in fold_pieces(text):

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..foundation.answers import normalize_answer
+from ..foundation.answers import normalize_answer, reference_answers
 from ..foundation.cache import cache_key, open_cache, read_entries, write_entries
 from ..foundation.stats import EvaluationError, bootstrap_interval, percentile_bounds
 from .agreement import kappa_from_counts
@@ -331,7 +331,9 @@ def judging_message(
     **texts: str,  # what is judged
 ) -> dict[str, str]:  # the user's message
     "What a judge is shown."
-    fields = {"passage": row.get("passage"), "question": row["question"], "reference answer": row.get("gold"), **texts}
+    golds = reference_answers(row) if row.get("gold") is not None else []
+    reference = golds if len(golds) > 1 else row.get("gold")
+    fields = {"passage": row.get("passage"), "question": row["question"], "reference answer": reference, **texts}
     present = {name: text for name, text in fields.items() if text is not None}
     return {"role": "user", "content": json.dumps(present, ensure_ascii=False)}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Report', 'NEWLINE', 'CONTROL', 'SURROGATE', 'ENGLISH_WORDS', 'ENGLISH', 'SCRIPTS', 'Document', 'heading_at',
-           'source_reference', 'IngestError', 'UnreadableFile', 'report_fault', 'canonical_text', 'flatten_value',
-           'detect_language', 'Parsed', 'heading_paths']
+           'source_reference', 'IngestError', 'UnreadableFile', 'report_fault', 'data_fault', 'canonical_text',
+           'flatten_value', 'detect_language', 'Parsed', 'heading_paths']
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #09951afc
 import json
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..foundation.artifacts import json_digest
+from ..foundation.decoding import ADVICE, DataError
+from ..foundation.rowfiles import RowError
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #b86fd84d
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def report_fault(
 ) -> Report:  # as it stands in the report of a corpus
     "An error as an entry of the report."
     return {"file": fault.file, "reason": fault.reason}
+
+# %% ../../nbs/03_retrieval/01_documents.ipynb #e743e87f
+def data_fault(
+    error: DataError,  # what is wrong with a file's text, or with one of its rows
+    name: str,  # the file's path below the corpus folder, with which the error's text begins
+) -> UnreadableFile:  # the same place and reason
+    "An error of the foundation's readers as one of a corpus."
+    text = str(error)
+    reason = text.removeprefix(name)
+    place = error.where.removeprefix(name) if isinstance(error, RowError) else ""
+    if reason == text:  # it speaks of a parameter
+        place = ""
+    elif place:
+        reason = reason.removeprefix(place).lstrip(":, ")
+    else:
+        place, _, reason = reason.partition(": ")
+    return UnreadableFile(name + place, reason + ", or give `encoding`" * reason.endswith(ADVICE))
 
 # %% ../../nbs/03_retrieval/01_documents.ipynb #81e4eafd
 NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")

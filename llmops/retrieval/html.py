@@ -63,7 +63,7 @@ def free_main_text(
 PARAGRAPH = {"p", "div", "section", "article", "main", "header", "footer", "aside", "ul", "ol", "dl", "table",
              "blockquote", "pre",
              "figure", "form", "fieldset", "address", "details", "hr", "body", "h1", "h2", "h3", "h4", "h5", "h6"}
-BREAK = PARAGRAPH | {"li", "dt", "dd", "tr", "br", "caption", "figcaption", "summary", "legend"}
+BREAK = PARAGRAPH | {"li", "dt", "dd", "tr", "br", "caption", "figcaption", "summary", "legend", "textarea", "center"}
 CELLS = {"td", "th"}
 NEAR = 200  # elements that are looked at around a number; a page may nest without end
 

@@ -6,6 +6,7 @@
 __all__ = ['body_text', 'attachment_names', 'parse_mail']
 
 # %% ../../nbs/03_retrieval/06_mail.ipynb #48183f96
+from codecs import BOM_UTF8
 from email.message import EmailMessage
 
 from .documents import Parsed, UnreadableFile, canonical_text
@@ -35,7 +36,8 @@ def attachment_names(
     for part in message.iter_attachments():
         inner = part.get_payload(0) if part.get_content_type() == "message/rfc822" else None
         subject = inner.get("Subject") if isinstance(inner, EmailMessage) else None
-        names.append(canonical_text(str(part.get_filename() or subject or part.get_content_type())))
+        name = str(part.get_filename() or subject or part.get_content_type())
+        names.append(canonical_text(" ".join(name.split())))
     return names
 
 # %% ../../nbs/03_retrieval/06_mail.ipynb #947009ac
@@ -45,10 +47,10 @@ def parse_mail(
 ) -> Parsed:  # subject as the title; sender, receivers, date and attachments in the metadata
     "An e-mail."
     from email import message_from_bytes, policy
-    message = message_from_bytes(data, policy=policy.default)
+    message = message_from_bytes(data.removeprefix(BOM_UTF8), policy=policy.default)
     if not message.keys():
         raise UnreadableFile(name, "not an e-mail (it begins with no header such as `From:`)")
     told = {key: canonical_text(" ".join(str(message[key] or "").split())) for key in ("from", "to", "cc", "date")}
-    told["attachments"] = ", ".join(attachment_names(message))
+    told["attachments"] = "\n".join(attachment_names(message))  # a name may hold a comma
     title = canonical_text(" ".join(str(message["subject"] or "").split()))
     return Parsed(body_text(message, name), title, metadata={key: value for key, value in told.items() if value})

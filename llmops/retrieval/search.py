@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .cleaning import clean_for_search
+from .documents import canonical_text
 from .index import COLUMNS, Hit, Index, read_snapshot, bm25_search, dense_search, fetch_columns
 from ..foundation.artifacts import resolve_source
 from .ranking import recall_at, reciprocal_rank
@@ -38,7 +39,7 @@ def check_query(
         raise QueryError("query: empty; ask something")
     if not re.search(r"\w", text):
         raise QueryError(f"query: {text.strip()[:40]!r} holds no letter or digit, so nothing can be searched for")
-    return clean_for_search(text).text.strip()
+    return clean_for_search(canonical_text(text)).text.strip()
 
 # %% ../../nbs/03_retrieval/13_search.ipynb #09e847a5
 def propose_hits(
