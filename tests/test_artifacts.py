@@ -372,9 +372,9 @@ def test_a_full_disk_while_sealing_loses_nothing(tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("write_json", "put_in_place"):
+    for module, name in ((artifacts, "write_json"), (artifacts, "put_in_place"), (folders, "exchange_folders")):
         with monkeypatch.context() as patched, pytest.raises(ArtifactError, match="rows: cannot be written: No space"):
-            patched.setattr(artifacts, name, full)
+            patched.setattr(module, name, full)
             seal(work, out, "rows", MODULE, {"text": "new"})
         assert is_true(out) == "old"
     seal(work, out, "rows", MODULE, {"text": "new"})  # there is space again
@@ -394,6 +394,33 @@ def test_where_nothing_can_be_written_it_is_said(out: str, tmp_path: Path) -> No
     (tmp_path / "blocked" / ".partial").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written: .*; free some space, or let `out` name a folder"):
         begin_artifact(tmp_path / out)
+
+
+@pytest.mark.parametrize("code", sorted(folders.NO_LOCKS))
+def test_a_file_system_without_locks_is_refused_by_name(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    out = tmp_path / "내 프로젝트 (1) #2" / "rows"
+    make(out, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", refuse)
+        with pytest.raises(ArtifactError, match="rows: cannot be locked: its file system refuses locks .*a local disk"):
+            begin_artifact(out)
+    assert is_true(out) == "old" and names(out.parent) == ["rows"]
+
+
+def test_an_artifact_among_unfinished_ones_is_refused(tmp_path: Path) -> None:
+    work = begin_artifact(tmp_path / "rows", params={"text": "live"})
+    for out in (work, work / "deep", work.parent, tmp_path / ".partial", tmp_path / ".partial" / "other"):
+        with pytest.raises(ArtifactError, match="lies in .partial, where artifacts are written until they are sealed"):
+            begin_artifact(out)
+    for n in range(3):
+        (work / f"{n}.txt").write_text("live")
+    seal(work, tmp_path / "rows", "rows", MODULE, {"text": "live"})
+    assert is_true(tmp_path / "rows") == "live" and names(tmp_path) == ["rows"]
 
 
 def test_what_no_stage_sealed_is_never_removed(tmp_path: Path) -> None:

@@ -28,9 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .folders import (Claim, FolderInUse, claim_folder, explain_owner, is_claimed, open_working_folder,
-                                       put_in_place, read_owner, real_folder, release_claim, still_claimed,
-                                       unfinished_folder)
+from .folders import (UNFINISHED, Claim, FolderInUse, LocksRefused, claim_folder, explain_owner,
+                                       is_claimed, open_working_folder, put_in_place, read_owner, real_folder,
+                                       release_claim, still_claimed, unfinished_folder)
 from .project import project_root, redact, relative_path, resolve_path
 from .report import write_json
 
@@ -190,7 +190,10 @@ def find_foreign(
 def check_parents(
     out: Path,  # where an artifact is to go, by its one name
 ) -> None:
-    "Raise `ArtifactError` when an artifact there would lie inside another one."
+    "Raise `ArtifactError` when an artifact there would lie inside another one, or where others are being written."
+    if UNFINISHED in out.parts:
+        raise ArtifactError(f"{relative_path(out)}: lies in {UNFINISHED}, where artifacts are written until they are "
+                            "sealed, and which is emptied; let `out` name a folder outside of it")
     for parent in out.parents:
         sealed = (parent / MANIFEST).is_file() and (parent / DIGEST).is_file()
         if sealed or is_claimed(parent):
@@ -206,6 +209,9 @@ def check_target(
     name = relative_path(out)
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{name}: is a file; `out` must name a folder")
+    if os.path.ismount(out):
+        raise ArtifactError(f"{name}: is a mount point, which a finished artifact cannot replace; let `out` name a "
+                            "folder inside it")
     if foreign := find_foreign(out):
         raise ArtifactError(f"{name}: holds {foreign}, which no stage has sealed there, and which would be removed; "
                             "move it away, or let `out` name another folder")
@@ -285,11 +291,13 @@ def begin_artifact(
 def claim_artifact(
     target: Path,  # an artifact's folder, by its one name
 ) -> Claim:
-    "Claim an artifact's folder. Raises `ArtifactError` with the owner's name when another process has it."
+    """Claim an artifact's folder.
+
+    Raises `ArtifactError` with the owner's name when another process has it, and where the file system cannot lock."""
     BEGUN.pop(target, None)
     try:
         return claim_folder(target)
-    except FolderInUse as e:
+    except (FolderInUse, LocksRefused) as e:
         raise ArtifactError(str(e)) from None
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #076f3ced
