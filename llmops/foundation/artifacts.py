@@ -6,11 +6,11 @@
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'DIGEST', 'VOLATILE', 'State', 'LAST_READ', 'BEGUN',
            'CANNOT_WRITE', 'PACKAGES', 'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download',
            'input_state', 'Begun', 'note_read', 'resolve_source', 'is_listed', 'listed_files', 'find_foreign',
-           'check_parents', 'check_target', 'write_error_code', 'explain_write_errors', 'param_values', 'begun_here',
-           'begin_artifact', 'claim_artifact', 'check_free', 'discard', 'working_folder', 'git_commit', 'folder_digest',
-           'input_digest', 'package_versions', 'hash_files', 'content_digest', 'hash_inputs', 'describe_run',
-           'find_begun', 'check_params', 'check_inputs', 'write_manifest', 'move_into_place', 'seal', 'read_manifest',
-           'verify', 'input_row', 'lineage']
+           'check_unfinished', 'check_parents', 'check_target', 'write_error_code', 'explain_write_errors',
+           'param_values', 'begun_here', 'begin_artifact', 'claim_artifact', 'check_free', 'discard', 'working_folder',
+           'git_commit', 'folder_digest', 'input_digest', 'package_versions', 'hash_files', 'content_digest',
+           'hash_inputs', 'describe_run', 'find_begun', 'check_params', 'check_inputs', 'write_manifest',
+           'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #226f962b
 import errno
@@ -187,13 +187,27 @@ def find_foreign(
     return None
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #58515ad6
+def check_unfinished(
+    out: Path,  # where an artifact is to go, by its one name
+) -> None:
+    """Raise `ArtifactError` when an artifact there would lie among unfinished ones.
+
+    A folder of several artifacts that this process is making, as `build_folder` does, may hold them."""
+    if UNFINISHED not in out.parts:
+        return
+    depth = out.parts.index(UNFINISHED)
+    owner = read_owner(Path(*out.parts[: depth + 2]))
+    inside = owner is not None and owner.pid == os.getpid() and len(out.parts) > depth + 3
+    if not inside or any(begun.work in (out, *out.parents) for begun in BEGUN.values()):
+        raise ArtifactError(f"{relative_path(out)}: lies in {UNFINISHED}, where artifacts are written until they are "
+                            "sealed, and which is emptied; let `out` name a folder outside of it")
+
+
 def check_parents(
     out: Path,  # where an artifact is to go, by its one name
 ) -> None:
-    "Raise `ArtifactError` when an artifact there would lie inside another one, or where others are being written."
-    if UNFINISHED in out.parts:
-        raise ArtifactError(f"{relative_path(out)}: lies in {UNFINISHED}, where artifacts are written until they are "
-                            "sealed, and which is emptied; let `out` name a folder outside of it")
+    "Raise `ArtifactError` when an artifact there would lie inside another one."
+    check_unfinished(out)
     for parent in out.parents:
         sealed = (parent / MANIFEST).is_file() and (parent / DIGEST).is_file()
         if sealed or is_claimed(parent):
