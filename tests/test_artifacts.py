@@ -31,6 +31,7 @@ from llmops.foundation.artifacts import (
 )
 from llmops.foundation.cache import build_folder
 from llmops.foundation.folders import FolderInUse, unfinished_folder
+from llmops.studies import faults
 from llmops.studies.robustness import COUNTS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -423,6 +424,11 @@ def test_an_artifact_among_unfinished_ones_is_refused(tmp_path: Path) -> None:
     assert is_true(tmp_path / "rows") == "live" and names(tmp_path) == ["rows"]
 
 
+def test_artifacts_in_a_folder_that_this_process_builds(tmp_path: Path) -> None:
+    build_folder(tmp_path / "tiny", "stamp", lambda folder: make(folder / "made", "one"))
+    assert is_true(tmp_path / "tiny" / "made") == "one" and names(tmp_path) == ["tiny"]
+
+
 def test_what_no_stage_sealed_is_never_removed(tmp_path: Path) -> None:
     (tmp_path / "home" / "letters").mkdir(parents=True)
     (tmp_path / "home" / "letters" / "mine.txt").write_text("Dear")
@@ -487,13 +493,45 @@ def test_one_process_builds_a_folder_and_others_wait(tmp_path: Path) -> None:
 def test_disturbed_runs_never_lie_and_leave_nothing_in_the_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "llmops.studies.robustness", str(tmp_path / "robustness.json"), "--rounds", "20"]
+    command = [sys.executable, "-m", "llmops.studies.robustness", str(tmp_path / "robustness.json")]
+    command += ["--kinds", "artifacts", "--rounds", "15"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "robustness.json").read_text())
-    assert [figures[name] for name in COUNTS] == [20, 0, 0, 0, 0]
+    assert [figures[name] for name in COUNTS] == [15, 0, 0, 0, 0]
     part = figures["parts"]["artifacts"]
-    assert part["runs"] >= 40 and min(part["sealed"], part["refused"], part["killed"]) > 0
+    assert part["runs"] >= 30 and min(part["sealed"], part["refused"], part["killed"]) > 0
+    assert "| artifacts | 15 | 0 | 0 | 0 | 0 |" in (tmp_path / "robustness.md").read_text()
     with pytest.raises(SystemExit):
         main([])
     assert "the following arguments are required: out" in capsys.readouterr().err
+
+
+def test_faulty_inputs_are_used_rightly_or_refused_by_name(tmp_path: Path) -> None:
+    "A few of each kind that need no model; the study tries them all."
+    few = [*faults.input_cases("data")[::5], *faults.input_cases("documents")[::4]]
+    outcomes = faults.try_cases(few, tmp_path)
+    assert [o for o in outcomes if o.outcome != o.expected] == []
+    counts = faults.count_outcomes(outcomes)
+    assert counts.pop("cases") == len(few) >= 10 and set(counts.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    "happens, outcome",
+    [
+        ("time.sleep(60)", faults.HUNG),
+        ("os._exit(1)", faults.CRASHED),
+        ("1 / 0", faults.CRASHED),
+        ("raise ArtifactError('no')", faults.CRASHED),  # it does not say what it is about
+        ("raise ArtifactError('rows: no')", faults.REFUSED),
+        ("raise faults.Lost('a row')", faults.LOST),
+        ("raise faults.Untrue('a seed')", faults.UNTRUE),
+        ("pass", faults.RIGHT),
+    ],
+)
+def test_the_study_tells_what_came_of_an_input(happens: str, outcome: str, tmp_path: Path) -> None:
+    def run(folder: Path) -> None:
+        exec(happens, globals())
+
+    found = faults.try_case(faults.Case("data", "x", faults.RIGHT, run, says="rows"), tmp_path / "x", patience=1)
+    assert found.outcome == outcome and not (tmp_path / "x").exists()

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'REFUSED', 'HUNG', 'LOST', 'UNTRUE', 'CRASHED', 'COUNTS', 'FIELDS', 'PLACES', 'SMALL', 'ALIKE', 'SENTENCE',
-           'ASK', 'CALL', 'TOOL_TURNS', 'NULLS', 'ACCEPTED', 'NOT_ACCEPTED', 'KINDS', 'HEAVY', 'Lost', 'Untrue', 'Case',
-           'Outcome', 'is_named', 'use_input', 'report_use', 'try_case', 'try_cases', 'count_outcomes', 'sample_rows',
-           'csv_bytes', 'jsonl_bytes', 'parquet_bytes', 'squad_bytes', 'write_files', 'check_rows_kept', 'pairs_of',
-           'use_data', 'data_case', 'encoded_data', 'named_data', 'alike_rows', 'odd_data', 'use_documents',
-           'document_case', 'pdf_bytes', 'mail_bytes', 'text_documents', 'page_documents', 'use_links', 'copy_tiny',
-           'model_logits', 'check_logits', 'write_adapter', 'adapter_config', 'merge_made_elsewhere', 'merge_cases',
-           'quantize', 'use_pickled', 'use_second_weights', 'use_without_tensor', 'use_more_tokens',
-           'use_named_templates', 'use_experts', 'use_markup', 'folder_cases', 'send_request', 'request_cases',
-           'leaver_outcomes', 'try_server', 'import_heavy', 'input_cases', 'try_inputs']
+           'ASK', 'CALL', 'TOOL_TURNS', 'IMAGE', 'NULLS', 'ACCEPTED', 'NOT_ACCEPTED', 'KINDS', 'HEAVY', 'Lost',
+           'Untrue', 'Case', 'Outcome', 'is_named', 'use_input', 'report_use', 'try_case', 'try_cases',
+           'count_outcomes', 'sample_rows', 'csv_bytes', 'jsonl_bytes', 'parquet_bytes', 'squad_bytes', 'write_files',
+           'check_rows_kept', 'pairs_of', 'use_data', 'data_case', 'encoded_data', 'named_data', 'alike_rows',
+           'odd_data', 'use_documents', 'document_case', 'pdf_bytes', 'mail_bytes', 'text_documents', 'page_documents',
+           'use_links', 'copy_tiny', 'model_logits', 'check_logits', 'write_adapter', 'adapter_config',
+           'merge_made_elsewhere', 'merge_cases', 'quantize', 'use_pickled', 'use_second_weights', 'use_without_tensor',
+           'use_more_tokens', 'use_named_templates', 'use_experts', 'use_markup', 'folder_cases', 'send_request',
+           'request_cases', 'leaver_outcomes', 'try_server', 'import_heavy', 'input_cases', 'try_inputs']
 
 # %% ../../nbs/11_studies/11_faults.ipynb #acc7a9ed
 import csv
@@ -212,7 +212,8 @@ def squad_bytes(
     return json.dumps({"version": "2.0", "data": [{"title": "branches", "paragraphs": paragraphs}]}).encode()
 
 # %% ../../nbs/11_studies/11_faults.ipynb #33737d10
-SMALL = {"test": 0.25, "valid": 0.15, "near_duplicate": 0.999, "general_train": 1, "general_test": 1, "wandb": "disabled"}
+SMALL = {"test": 0.25, "valid": 0.15, "near_duplicate": 0.999, "general_train": 1, "general_test": 1,
+         "wandb": "disabled"}
 
 
 def write_files(
@@ -299,8 +300,8 @@ def named_data() -> list[Case]:
     return [
         data_case("an upper-case suffix, Hangul of a Mac, spaces", {decomposed: csv_bytes(rows)}),
         data_case("old answers in hidden files, a Mac's ._ file", {"rows.csv": csv_bytes(rows), **around}),
-        data_case("a Spark folder", {"train.parquet/part-0.parquet": parquet_bytes(rows), "train.parquet/_SUCCESS": b""}),
-        data_case("two formats in one folder", {"a.JSONL": jsonl_bytes(rows[:20]), "b.parquet": parquet_bytes(rows[20:])}),
+        data_case("a Spark folder", {"t.parquet/part-0.parquet": parquet_bytes(rows), "t.parquet/_SUCCESS": b""}),
+        data_case("two formats", {"a.JSONL": jsonl_bytes(rows[:20]), "b.parquet": parquet_bytes(rows[20:])}),
         data_case("gzip", {"rows.jsonl.gz": gzip.compress(jsonl_bytes(rows))}),
         data_case("SQuAD's layout", {"rows.json": squad_bytes(rows)})]
 
@@ -312,7 +313,8 @@ def alike_rows() -> list[dict[str, str]]:
     "Different questions that a careless normalisation takes for one."
     rows = []
     for n, word in enumerate(dict.fromkeys(word for pair in ALIKE for word in pair)):
-        rows.append({"passage": f"Sheet {n * 37} says that {word} has the code {n}.", "question": f"{word}?", "answer": f"{n}"})
+        passage = f"Sheet {n * 37} says that {word} has the code {n}."
+        rows.append({"passage": passage, "question": f"{word}?", "answer": f"{n}"})
     return rows
 
 
@@ -321,15 +323,16 @@ def odd_data() -> list[Case]:
     rows, digits = sample_rows(), '{"passage": ' + "7" * 5000 + "}\n"
     long = [rows[0] | {"passage": rows[0]["passage"] + " 가나다" * 50_000}, *rows[1:]]
     broken = csv_bytes(rows) + b"\xff\xfe\xfa\x81,a,b\n"
+    end, alike = {"rows.jsonl": jsonl_bytes(rows, end=digits)}, rows + alike_rows()
     half = '{"passage": "\\ud83d", "question": "a", "answer": "b"}\n'
     return [
         data_case("a field of 200,000 characters", {"rows.csv": csv_bytes(long)}, rows=long),
-        data_case("questions that look alike", {"rows.jsonl": jsonl_bytes(rows + alike_rows())}, rows=rows + alike_rows()),
-        data_case("5,000 digits, set aside", {"rows.jsonl": jsonl_bytes(rows, end=digits)}, removed=1, invalid="set_aside"),
-        data_case("5,000 digits", {"rows.jsonl": jsonl_bytes(rows, end=digits)}, says="rows.jsonl, line 41"),
+        data_case("questions that look alike", {"rows.jsonl": jsonl_bytes(alike)}, rows=alike),
+        data_case("5,000 digits, set aside", end, removed=1, invalid="set_aside"),
+        data_case("5,000 digits", end, says="rows.jsonl, line 41"),
         data_case("bytes of no encoding", {"rows.csv": broken}, says="rows.csv"),
         data_case("an open quote", {"rows.csv": csv_bytes(rows) + b'"a,b,c\n'}, says="rows.csv"),
-        data_case("an archive cut short", {"rows.jsonl.gz": gzip.compress(jsonl_bytes(rows))[:-40]}, says="rows.jsonl.gz"),
+        data_case("an archive cut short", {"r.jsonl.gz": gzip.compress(jsonl_bytes(rows))[:-40]}, says="r.jsonl.gz"),
         data_case("text that says it is Parquet", {"rows.parquet": jsonl_bytes(rows)}, says="rows.parquet"),
         data_case("an empty file", {"rows.csv": b""}, says="rows.csv"),
         data_case("half a surrogate", {"rows.jsonl": jsonl_bytes(rows, end=half)}, says="rows.jsonl, line 41")]
@@ -378,7 +381,8 @@ def pdf_bytes(
     content, box = f"BT /F1 11 Tf 72 720 Td ({text}) Tj ET", "/Type /Annot /Rect [0 0 9 9]"
     objects = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
                "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Annots [6 0 R 7 0 R] "
-               "/Resources << /Font << /F1 5 0 R >> >> >>", f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+               "/Resources << /Font << /F1 5 0 R >> >> >>",
+               f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
                "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
                f"<< {box} /Subtype /Widget /FT /Tx /T (name) /V ({field}) >>",
                f"<< {box} /Subtype /FreeText /Contents ({note}) >>"]
@@ -387,7 +391,8 @@ def pdf_bytes(
         starts.append(len(out))
         out += f"{number} 0 obj\n{value}\nendobj\n".encode()
     rows = "".join(f"{start:010d} 00000 n \n" for start in starts)
-    table = f"xref\n0 {len(starts) + 1}\n0000000000 65535 f \n{rows}trailer\n<< /Size {len(starts) + 1} /Root 1 0 R >>\n"
+    table = f"xref\n0 {len(starts) + 1}\n0000000000 65535 f \n{rows}trailer\n"
+    table += f"<< /Size {len(starts) + 1} /Root 1 0 R >>\n"
     return out + f"{table}startxref\n{len(out)}\n%%EOF\n".encode()
 
 
@@ -407,8 +412,9 @@ def text_documents() -> list[Case]:
         cases.append(document_case(f"text in {encoding}", {"a.txt": SENTENCE.encode(encoding)}))
     forms = {unicodedata.normalize(form, "환불.txt"): f"{form}: {SENTENCE}".encode() for form in ("NFC", "NFD")}
     hidden = "환\u200b불 수\u2060수\u00ad료는 \u202a3.5\u202c %이다."
+    alike = dict(zip(forms, ("NFC: 환불", "NFD: 환불"), strict=True))
     return [*cases,
-            document_case("two names that look the same", forms, dict(zip(forms, ("NFC: 환불", "NFD: 환불"), strict=True))),
+            document_case("two names that look the same", forms, alike),
             document_case("a colon, a line break and #", {"a: b\n#1.TXT": SENTENCE.encode()}),
             document_case("invisible characters in words", {"a.txt": hidden.encode()}),
             document_case("bytes that are no text", {"a.txt": bytes(range(256)) * 4}, reported=("a.txt",)),
@@ -429,8 +435,8 @@ def page_documents() -> list[Case]:
         document_case("a PDF with a form and a note", {"a.PDF": pdf}, in_pdf), letter,
         document_case("a PDF cut short", {"a.pdf": pdf[:200]}, reported=("a.pdf",)),
         document_case("an Office file that is none", {"a.docx": b"PK\3\4nothing"}, reported=("a.docx",)),
-        document_case("a broken line of rows", {"a.jsonl": jsonl_bytes([{"text": SENTENCE}], end="{\n")}, {"a.jsonl": SENTENCE},
-                      ("a.jsonl, line 2",))]
+        document_case("a broken line of rows", {"a.jsonl": jsonl_bytes([{"text": SENTENCE}], end="{\n")},
+                      {"a.jsonl": SENTENCE}, ("a.jsonl, line 2",))]
 
 # %% ../../nbs/11_studies/11_faults.ipynb #efe8ee2f
 def use_links(
@@ -529,13 +535,15 @@ def merge_made_elsewhere(
 
 def merge_cases() -> list[Case]:
     "Adapters of many kinds."
-    kinds = {"LoRA": ("Lora", {}), "rank-stabilised LoRA": ("Lora", {"use_rslora": True}), "DoRA": ("Lora", {"use_dora": True}),
+    kinds = {"LoRA": ("Lora", {}), "rank-stabilised LoRA": ("Lora", {"use_rslora": True}),
+             "DoRA": ("Lora", {"use_dora": True}),
              "an embedding saved whole": ("Lora", {"modules_to_save": ["embed_tokens"]}),
              "trained tokens": ("Lora", {"trainable_token_indices": [5, 6]}), "LoHa": ("LoHa", {}),
              "IA3": ("IA3", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []})}
     cases = []
     for name, (kind, settings) in kinds.items():
-        cases.append(Case("models", f"{name}, whose base has moved", RIGHT, partial(merge_made_elsewhere, kind, settings)))
+        run = partial(merge_made_elsewhere, kind, settings)
+        cases.append(Case("models", f"{name}, whose base has moved", RIGHT, run))
     prompts = partial(merge_made_elsewhere, "PromptTuning", {"num_virtual_tokens": 4})
     return [*cases, Case("models", "prompt tuning, which cannot be merged", REFUSED, prompts, "PROMPT_TUNING")]
 
@@ -549,7 +557,8 @@ def quantize(
     from llmops.compression.quantization import QuantizationParams, gptq_shapes, run_quantization
     from llmops.foundation.memory import meta_model
     from llmops.foundation.weights import stored_shapes
-    cfg = QuantizationParams(model=str(model), method=method, check_rows=1, compensate_steps=0, out=str(out), wandb="disabled")
+    cfg = QuantizationParams(model=str(model), method=method, check_rows=1, compensate_steps=0, out=str(out),
+                             wandb="disabled")
     result = run_quantization(cfg)
     seal(result.work, cfg.out, "gptq", "llmops.compression.quantization", cfg, result.inputs)
     verify(out)
@@ -679,6 +688,7 @@ ASK = {"messages": [{"role": "user", "content": "Who wrote the letter?"}], "max_
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 TOOL_TURNS = [*ASK["messages"], {"role": "assistant", "content": None, "tool_calls": [CALL]},
               {"role": "tool", "content": "sunny", "tool_call_id": "call_1"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 NULLS = dict.fromkeys(["temperature", "top_p", "n", "stream", "stop", "seed", "tools", "response_format", "user"])
 ACCEPTED: dict[str, dict[str, Any]] = {
     "null for what may be left out": NULLS, "a plain response format": {"response_format": {"type": "text"}},
@@ -687,8 +697,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "text in parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}]}}
 NOT_ACCEPTED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt field": ({"temprature": 0.5}, "temprature"), "another model": ({"model": "gpt-9"}, "gpt-9"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image"),
-    "no turn at all": ({"messages": []}, "messages"), "a role of nobody": ({"messages": [{"role": "x", "content": "y"}]}, "role"),
+    "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image"),
+    "no turn at all": ({"messages": []}, "messages"),
+    "a role of nobody": ({"messages": [{"role": "x", "content": "y"}]}, "role"),
     "a text for a number": ({"max_tokens": "many"}, "max_tokens"), "a prompt that is too long": (
         {"messages": [{"role": "user", "content": "word " * 20_000}]}, "token")}
 
@@ -721,7 +732,7 @@ def request_cases(
     for name, (more, says) in NOT_ACCEPTED.items():
         body = json.dumps({"model": model} | ASK | more).encode()
         cases.append(Case("requests", name, REFUSED, partial(send_request, address, body, says), says))
-    for name, body in {"JSON cut short": b'{"model": ', "bytes that are no text": b"\xff\xfe{", "a list": b"[1]"}.items():
+    for name, body in (("JSON cut short", b'{"model": '), ("no text", b"\xff\xfe{"), ("a list", b"[1]")):
         cases.append(Case("requests", name, REFUSED, partial(send_request, address, body, "")))
     return cases
 
@@ -732,9 +743,12 @@ def leaver_outcomes(
 ) -> list[Outcome]:  # one for each client
     "A request that is not answered, and an answer that is written for nobody, count as hung."
     hung = found["unanswered"] + found["still_running"]
-    message = f"{found['unanswered']} unanswered, {found['still_running']} still running, slowest {found['slowest_seconds']} s"
-    return [Outcome("clients", f"client {n} leaves {engine}", RIGHT, HUNG if n <= hung else RIGHT, message if n <= hung else "")
-            for n in range(1, found["clients"] + 1)]
+    message = f"{found['unanswered']} unanswered, {found['still_running']} still running"
+    outcomes = []
+    for n in range(found["clients"]):
+        name, outcome = f"client {n + 1} leaves {engine}", HUNG if n < hung else RIGHT
+        outcomes.append(Outcome("clients", name, RIGHT, outcome, message if n < hung else ""))
+    return outcomes
 
 
 def try_server(
