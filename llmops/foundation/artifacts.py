@@ -355,7 +355,8 @@ def working_folder(
 def git_commit() -> str | None:  # full commit id with `+changes` when tracked files differ; None outside a checkout
     "The commit that the project is at."
     def run_git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", *args]  # a commit that somebody makes meanwhile must not fail
+        done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=True)
         return done.stdout.strip()
     try:
         return run_git("rev-parse", "HEAD") + ("+changes" if run_git("status", "--porcelain", "-uno") else "")
