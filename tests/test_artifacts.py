@@ -31,6 +31,7 @@ from llmops.foundation.artifacts import (
 )
 from llmops.foundation.cache import build_folder
 from llmops.foundation.folders import FolderInUse, unfinished_folder
+from llmops.studies import faults
 from llmops.studies.robustness import COUNTS, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -372,9 +373,9 @@ def test_a_full_disk_while_sealing_loses_nothing(tmp_path: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("write_json", "put_in_place"):
+    for module, name in ((artifacts, "write_json"), (artifacts, "put_in_place"), (folders, "exchange_folders")):
         with monkeypatch.context() as patched, pytest.raises(ArtifactError, match="rows: cannot be written: No space"):
-            patched.setattr(artifacts, name, full)
+            patched.setattr(module, name, full)
             seal(work, out, "rows", MODULE, {"text": "new"})
         assert is_true(out) == "old"
     seal(work, out, "rows", MODULE, {"text": "new"})  # there is space again
@@ -394,6 +395,38 @@ def test_where_nothing_can_be_written_it_is_said(out: str, tmp_path: Path) -> No
     (tmp_path / "blocked" / ".partial").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written: .*; free some space, or let `out` name a folder"):
         begin_artifact(tmp_path / out)
+
+
+@pytest.mark.parametrize("code", sorted(folders.NO_LOCKS))
+def test_a_file_system_without_locks_is_refused_by_name(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    out = tmp_path / "내 프로젝트 (1) #2" / "rows"
+    make(out, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", refuse)
+        with pytest.raises(ArtifactError, match="rows: cannot be locked: its file system refuses locks .*a local disk"):
+            begin_artifact(out)
+    assert is_true(out) == "old" and names(out.parent) == ["rows"]
+
+
+def test_an_artifact_among_unfinished_ones_is_refused(tmp_path: Path) -> None:
+    work = begin_artifact(tmp_path / "rows", params={"text": "live"})
+    for out in (work, work / "deep", work.parent, tmp_path / ".partial", tmp_path / ".partial" / "other"):
+        with pytest.raises(ArtifactError, match="lies in .partial, where artifacts are written until they are sealed"):
+            begin_artifact(out)
+    for n in range(3):
+        (work / f"{n}.txt").write_text("live")
+    seal(work, tmp_path / "rows", "rows", MODULE, {"text": "live"})
+    assert is_true(tmp_path / "rows") == "live" and names(tmp_path) == ["rows"]
+
+
+def test_artifacts_in_a_folder_that_this_process_builds(tmp_path: Path) -> None:
+    build_folder(tmp_path / "tiny", "stamp", lambda folder: make(folder / "made", "one"))
+    assert is_true(tmp_path / "tiny" / "made") == "one" and names(tmp_path) == ["tiny"]
 
 
 def test_what_no_stage_sealed_is_never_removed(tmp_path: Path) -> None:
@@ -460,13 +493,45 @@ def test_one_process_builds_a_folder_and_others_wait(tmp_path: Path) -> None:
 def test_disturbed_runs_never_lie_and_leave_nothing_in_the_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "llmops.studies.robustness", str(tmp_path / "robustness.json"), "--rounds", "20"]
+    command = [sys.executable, "-m", "llmops.studies.robustness", str(tmp_path / "robustness.json")]
+    command += ["--kinds", "artifacts", "--rounds", "15"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "robustness.json").read_text())
-    assert [figures[name] for name in COUNTS] == [20, 0, 0, 0, 0]
+    assert [figures[name] for name in COUNTS] == [15, 0, 0, 0, 0]
     part = figures["parts"]["artifacts"]
-    assert part["runs"] >= 40 and min(part["sealed"], part["refused"], part["killed"]) > 0
+    assert part["runs"] >= 30 and min(part["sealed"], part["refused"], part["killed"]) > 0
+    assert "| artifacts | 15 | 0 | 0 | 0 | 0 |" in (tmp_path / "robustness.md").read_text()
     with pytest.raises(SystemExit):
         main([])
     assert "the following arguments are required: out" in capsys.readouterr().err
+
+
+def test_faulty_inputs_are_used_rightly_or_refused_by_name(tmp_path: Path) -> None:
+    "A few of each kind that need no model; the study tries them all."
+    few = [*faults.input_cases("data")[::5], *faults.input_cases("documents")[::4]]
+    outcomes = faults.try_cases(few, tmp_path)
+    assert [o for o in outcomes if o.outcome != o.expected] == []
+    counts = faults.count_outcomes(outcomes)
+    assert counts.pop("cases") == len(few) >= 10 and set(counts.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    "happens, outcome",
+    [
+        ("time.sleep(60)", faults.HUNG),
+        ("os._exit(1)", faults.CRASHED),
+        ("1 / 0", faults.CRASHED),
+        ("raise ArtifactError('no')", faults.CRASHED),  # it does not say what it is about
+        ("raise ArtifactError('rows: no')", faults.REFUSED),
+        ("raise faults.Lost('a row')", faults.LOST),
+        ("raise faults.Untrue('a seed')", faults.UNTRUE),
+        ("pass", faults.RIGHT),
+    ],
+)
+def test_the_study_tells_what_came_of_an_input(happens: str, outcome: str, tmp_path: Path) -> None:
+    def run(folder: Path) -> None:
+        exec(happens, globals())
+
+    found = faults.try_case(faults.Case("data", "x", faults.RIGHT, run, says="rows"), tmp_path / "x", patience=1)
+    assert found.outcome == outcome and not (tmp_path / "x").exists()

@@ -6,11 +6,11 @@
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'DIGEST', 'VOLATILE', 'State', 'LAST_READ', 'BEGUN',
            'CANNOT_WRITE', 'PACKAGES', 'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download',
            'input_state', 'Begun', 'note_read', 'resolve_source', 'is_listed', 'listed_files', 'find_foreign',
-           'check_parents', 'check_target', 'write_error_code', 'explain_write_errors', 'param_values', 'begun_here',
-           'begin_artifact', 'claim_artifact', 'check_free', 'discard', 'working_folder', 'git_commit', 'folder_digest',
-           'input_digest', 'package_versions', 'hash_files', 'content_digest', 'hash_inputs', 'describe_run',
-           'find_begun', 'check_params', 'check_inputs', 'write_manifest', 'move_into_place', 'seal', 'read_manifest',
-           'verify', 'input_row', 'lineage']
+           'check_unfinished', 'check_parents', 'check_target', 'write_error_code', 'explain_write_errors',
+           'param_values', 'begun_here', 'begin_artifact', 'claim_artifact', 'check_free', 'discard', 'working_folder',
+           'git_commit', 'folder_digest', 'input_digest', 'package_versions', 'hash_files', 'content_digest',
+           'hash_inputs', 'describe_run', 'find_begun', 'check_params', 'check_inputs', 'write_manifest',
+           'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #226f962b
 import errno
@@ -28,9 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .folders import (Claim, FolderInUse, claim_folder, explain_owner, is_claimed, open_working_folder,
-                                       put_in_place, read_owner, real_folder, release_claim, still_claimed,
-                                       unfinished_folder)
+from .folders import (UNFINISHED, Claim, FolderInUse, LocksRefused, claim_folder, explain_owner,
+                                       is_claimed, open_working_folder, put_in_place, read_owner, real_folder,
+                                       release_claim, still_claimed, unfinished_folder)
 from .project import project_root, redact, relative_path, resolve_path
 from .report import write_json
 
@@ -187,10 +187,27 @@ def find_foreign(
     return None
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #58515ad6
+def check_unfinished(
+    out: Path,  # where an artifact is to go, by its one name
+) -> None:
+    """Raise `ArtifactError` when an artifact there would lie among unfinished ones.
+
+    A folder of several artifacts that this process is making, as `build_folder` does, may hold them."""
+    if UNFINISHED not in out.parts:
+        return
+    depth = out.parts.index(UNFINISHED)
+    owner = read_owner(Path(*out.parts[: depth + 2]))
+    inside = owner is not None and owner.pid == os.getpid() and len(out.parts) > depth + 3
+    if not inside or any(begun.work in (out, *out.parents) for begun in BEGUN.values()):
+        raise ArtifactError(f"{relative_path(out)}: lies in {UNFINISHED}, where artifacts are written until they are "
+                            "sealed, and which is emptied; let `out` name a folder outside of it")
+
+
 def check_parents(
     out: Path,  # where an artifact is to go, by its one name
 ) -> None:
     "Raise `ArtifactError` when an artifact there would lie inside another one."
+    check_unfinished(out)
     for parent in out.parents:
         sealed = (parent / MANIFEST).is_file() and (parent / DIGEST).is_file()
         if sealed or is_claimed(parent):
@@ -206,6 +223,9 @@ def check_target(
     name = relative_path(out)
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{name}: is a file; `out` must name a folder")
+    if os.path.ismount(out):
+        raise ArtifactError(f"{name}: is a mount point, which a finished artifact cannot replace; let `out` name a "
+                            "folder inside it")
     if foreign := find_foreign(out):
         raise ArtifactError(f"{name}: holds {foreign}, which no stage has sealed there, and which would be removed; "
                             "move it away, or let `out` name another folder")
@@ -285,11 +305,13 @@ def begin_artifact(
 def claim_artifact(
     target: Path,  # an artifact's folder, by its one name
 ) -> Claim:
-    "Claim an artifact's folder. Raises `ArtifactError` with the owner's name when another process has it."
+    """Claim an artifact's folder.
+
+    Raises `ArtifactError` with the owner's name when another process has it, and where the file system cannot lock."""
     BEGUN.pop(target, None)
     try:
         return claim_folder(target)
-    except FolderInUse as e:
+    except (FolderInUse, LocksRefused) as e:
         raise ArtifactError(str(e)) from None
 
 # %% ../../nbs/00_foundation/03_artifacts.ipynb #076f3ced
@@ -333,7 +355,8 @@ def working_folder(
 def git_commit() -> str | None:  # full commit id with `+changes` when tracked files differ; None outside a checkout
     "The commit that the project is at."
     def run_git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", *args]  # a commit that somebody makes meanwhile must not fail
+        done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=True)
         return done.stdout.strip()
     try:
         return run_git("rev-parse", "HEAD") + ("+changes" if run_git("status", "--porcelain", "-uno") else "")

@@ -6,7 +6,7 @@
 __all__ = ['MODULE', 'FILES', 'REFUSED', 'NAMED', 'SOURCES', 'COUNTS', 'COMMAND', 'Attempt', 'row_text', 'seal_source',
            'open_rows', 'seal_rows', 'source_digest', 'find_lies', 'attempt_run', 'start_run', 'end_runs', 'Planned',
            'plan_round', 'run_planned', 'sealed_run', 'count_ends', 'judge_round', 'check_next', 'run_rounds',
-           'measure_robustness', 'main']
+           'count_kinds', 'measure_robustness', 'describe_robustness', 'main']
 
 # %% ../../nbs/11_studies/09_robustness.ipynb #0fe548b2
 import argparse
@@ -20,13 +20,15 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..foundation.artifacts import (ArtifactError, begin_artifact, content_digest, json_digest, read_manifest,
                                          seal, verify, working_folder)
-from ..foundation.report import write_json
+from ..foundation.project import resolve_path
+from ..foundation.report import markdown_table, write_json
+from .faults import KINDS, Outcome, count_outcomes, try_inputs
 
 # %% ../../nbs/11_studies/09_robustness.ipynb #ce40373b
 MODULE = "llmops.studies.robustness"
@@ -289,30 +291,61 @@ def run_rounds(
 COMMAND = "python -m llmops.studies.robustness nbs/results/robustness.json"
 
 
+def count_kinds(
+    outcomes: list[Outcome],  # what came of the faulty inputs
+) -> dict[str, dict[str, int]]:  # kind -> the figures of `count_outcomes`
+    "The figures of each kind of input."
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault(outcome.kind, []).append(outcome)
+    return {kind: count_outcomes(found) for kind, found in kinds.items()}
+
+
 def measure_robustness(
-    rounds: int = 200,  # of each part
+    kinds: tuple[str, ...] = ("artifacts", *KINDS),  # which kinds of faults
+    rounds: int = 200,  # of disturbed runs
+    clients: int = 40,  # that leave each server
     seed: int = 42,  # of the plans
-) -> dict[str, Any]:  # the sums of `COUNTS`, and each part's own figures
+) -> dict[str, Any]:  # the sums of `COUNTS`, each kind's own figures, and what came of each faulty input
     "Everything that is disturbed on purpose, and what came of it."
-    parts = {"artifacts": run_rounds(rounds, seed)}
-    totals = {name: sum(part[name] for part in parts.values()) for name in COUNTS}
-    return {"command": COMMAND, "seed": seed, **totals, "parts": parts}
+    parts = {"artifacts": run_rounds(rounds, seed)} if "artifacts" in kinds else {}
+    outcomes = try_inputs([kind for kind in KINDS if kind in kinds], clients, seed)
+    parts |= count_kinds(outcomes)
+    totals = {name: sum(part.get(name, 0) for part in parts.values()) for name in (*COUNTS, "unexpected")}
+    return {"command": COMMAND, "seed": seed, **totals, "parts": parts,
+            "inputs": [asdict(outcome) for outcome in outcomes if outcome.kind != "clients"]}
 
+# %% ../../nbs/11_studies/09_robustness.ipynb #4f71ce73
+def describe_robustness(
+    figures: dict[str, Any],  # of `measure_robustness`
+) -> str:  # Markdown
+    "A table by kind, with the sums in the last row."
+    head = ["kind", *(name.replace("_", " ") for name in COUNTS)]
+    rows = [[kind, *(f"{part[name]:,}" for name in COUNTS)] for kind, part in figures["parts"].items()]
+    return markdown_table(head, [*rows, ["all", *(f"{figures[name]:,}" for name in COUNTS)]])
 
+# %% ../../nbs/11_studies/09_robustness.ipynb #72df7acc
 def main(
     argv: list[str] | None = None,  # the arguments; the process's own when None
 ) -> int:  # the exit code: 1 when anything went wrong
     "`python -m llmops.studies.robustness nbs/results/robustness.json`"
     parser = argparse.ArgumentParser(prog="python -m llmops.studies.robustness",
-                                     description="Disturb runs on purpose, and count what went wrong.")
-    parser.add_argument("out", help="the JSON file to write")
-    parser.add_argument("--rounds", type=int, default=200, help="how many rounds")
+                                     description="Disturb runs and feed faulty inputs on purpose, and count what went wrong.")
+    parser.add_argument("out", help="the JSON file to write; a table goes beside it, as .md")
+    parser.add_argument("--kinds", nargs="+", choices=("artifacts", *KINDS), default=("artifacts", *KINDS), help="of faults")
+    parser.add_argument("--rounds", type=int, default=200, help="of disturbed runs")
+    parser.add_argument("--clients", type=int, default=40, help="that leave each server")
     parser.add_argument("--seed", type=int, default=42, help="of the plans")
     options = parser.parse_args(argv)
-    figures = measure_robustness(options.rounds, options.seed)
+    figures = measure_robustness(tuple(options.kinds), options.rounds, options.clients, options.seed)
     write_json(options.out, figures)
-    print(json.dumps(figures, indent=2))
-    return int(any(figures[name] for name in COUNTS[1:]))
+    table = describe_robustness(figures)
+    Path(options.out).with_suffix(".md").write_text(table.rstrip("\n") + "\n", encoding="utf-8")
+    print(table)
+    for row in figures["inputs"]:
+        if row["outcome"] != row["expected"]:
+            print(*row.values(), sep=" | ")
+    return int(any(figures[name] for name in (*COUNTS[1:], "unexpected")))
 
 # %% ../../nbs/11_studies/09_robustness.ipynb #09f45af2
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook

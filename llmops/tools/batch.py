@@ -144,7 +144,8 @@ def make_output_folder(
     from papermill.iorw import papermill_io
     if "://" not in output:
         base = getattr(papermill_io.get_handler(output), "_cwd", None) or "."  # papermill's --cwd moves us
-        (Path(base) / output).parent.mkdir(parents=True, exist_ok=True)
+        folder = os.path.realpath((Path(base) / output).parent)  # a link may lead to a folder that is not there yet
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 # %% ../../nbs/12_tools/05_batch.ipynb #84af5a97
 def write_run(
