@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmops.foundation.curation import WORD
 from llmops.retrieval.cleaning import clean_for_search
 from llmops.retrieval.documents import IngestError
 from llmops.retrieval.grounding import Passage, cite_passages, locate_answer
@@ -223,7 +224,7 @@ def test_a_clean_text_knows_where_each_character_stood(text):
 @given(texts, st.data())
 def test_any_words_that_a_reader_sees_are_cited(text, data):
     clean = clean_for_search(text).text
-    words = list(re.finditer(r"\w+", clean))
+    words = list(WORD.finditer(clean))
     if not words:
         return
     first = data.draw(st.integers(0, len(words) - 1))

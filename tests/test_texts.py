@@ -103,11 +103,14 @@ def test_bleu_and_chrf_are_sacrebleu_s(words: list[str], tokenize: str) -> None:
         )
         assert sentence_chrf(p, g) * 100 == pytest.approx(sacrebleu.sentence_chrf(p, [g]).score, abs=1e-6)
     said, golds = [p for p, _ in cases], [g for _, g in cases]
-    found = corpus_scores(said, golds, tokenize)
+    found = corpus_scores(said, [[gold] for gold in golds], tokenize)
     assert found["corpus_bleu"] * 100 == pytest.approx(
         sacrebleu.corpus_bleu(said, [golds], tokenize=tokenize).score, abs=1e-6
     )
     assert found["corpus_chrf"] * 100 == pytest.approx(sacrebleu.corpus_chrf(said, [golds]).score, abs=1e-6)
+    others = golds[1:] + golds[:1]
+    found = corpus_scores(said, [list(texts) for texts in zip(golds, others, strict=True)], tokenize)
+    assert found["corpus_chrf"] * 100 == pytest.approx(sacrebleu.corpus_chrf(said, [golds, others]).score, abs=1e-6)
 
 
 def test_similarity_is_scikit_learn_s_cosine() -> None:
