@@ -20,6 +20,7 @@ import gzip
 import importlib
 import io
 import json
+import logging
 import multiprocessing
 import shutil
 import tempfile
@@ -775,6 +776,8 @@ def import_heavy() -> None:
     from llmops.foundation.tiny import tiny_model
     for name in HEAVY:
         importlib.import_module(name)
+    for name in ("httpx", "httpx2"):  # GPTQModel has every library say what it does
+        logging.getLogger(name).setLevel(logging.WARNING)
     tiny_model("llama")
     tiny_data()
 
