@@ -28,8 +28,8 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from ..foundation.artifacts import seal, verify
 from ..foundation.datasets import DatasetsParams, read_split, run_datasets
 from ..retrieval.cleaning import clean_for_search
 from ..retrieval.ingestion import read_corpus
-from .soak import draw_leavers, open_client, soak_leavers, tiny_server
+from .soak import ENGINES, draw_leavers, open_client, soak_leavers, tiny_server
 
 # %% ../../nbs/11_studies/11_faults.ipynb #6989649c
 RIGHT, REFUSED = "right result", "refused by name"
@@ -763,6 +763,7 @@ def try_server(
         client.close()
         asked = try_cases(request_cases(address, model), folder)
         found = soak_leavers(address, model, process.pid, draw_leavers(clients, seed))
+    asked = [replace(outcome, case=f"{outcome.case}, to {engine}") for outcome in asked]
     return asked + leaver_outcomes(engine, found)
 
 # %% ../../nbs/11_studies/11_faults.ipynb #9ef19207
@@ -794,7 +795,7 @@ def input_cases(
 
 
 def try_inputs(
-    kinds: Iterable[str] = KINDS,  # which of them
+    kinds: Sequence[str] = KINDS,  # which of them
     clients: int = 40,  # that leave each server
     seed: int = 42,  # of the moments at which they leave
 ) -> list[Outcome]:
@@ -802,12 +803,12 @@ def try_inputs(
     outcomes = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
+        if "models" in kinds:
+            import_heavy()
         for kind in kinds:
-            if kind == "servers":
-                for engine in ("transformers", "llamacpp"):
-                    outcomes += try_server(engine, folder, clients, seed)
+            if kind != "servers":
+                outcomes += try_cases(input_cases(kind), folder)
                 continue
-            if kind == "models":
-                import_heavy()
-            outcomes += try_cases(input_cases(kind), folder)
+            for engine in ENGINES:
+                outcomes += try_server(engine, folder, clients, seed)
     return outcomes
