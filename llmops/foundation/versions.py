@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import MANIFEST, ArtifactError, read_manifest, seal
-from .curation import TEXT_FIELDS, normalize_text, text_id
+from .curation import TEXT_FIELDS, normalize_text, split_words, text_id
 from .project import project_root, relative_path, resolve_path
 from .reading import Row
 
@@ -163,7 +163,7 @@ def find_rows(
     version: Version,  # where to look
 ) -> list[Row]:  # `version`, `digest`, `split` (`removed` for a row that was left out), `id`, `field`, `around`
     "The rows of a version that hold what one looks for. Raises `ArtifactError` for a query without a word."
-    if not normalize_text(query):
+    if not split_words(query):
         raise ArtifactError(f"trace: expected a row id or words that stand in a row, got {query!r}")
     rows = [row | {"id": key} for key, row in version.rows.items()]
     rows += [row | {"split": "removed"} for row in version.removed]
