@@ -179,7 +179,8 @@ def merge_adapter(
         untie_modules(model)
     merged = model.merge_and_unload(safe_merge=True)
     if untied and not tie_embeddings(merged):
-        print("embedding and output layer were one tensor and are two from here on: the adapter changes them differently")
+        print("embedding and output layer were one tensor and are two from here on: the adapter changes them "
+              "differently")
     return merged
 
 # %% ../../nbs/07_compression/01_merging.ipynb #7cc21979

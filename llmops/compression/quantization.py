@@ -565,8 +565,8 @@ def check_ties(
     tensors = load_tensors(folder) if shared else {}
     for first, *others in shared:
         if not all(tensors[first].equal(tensors[other]) for other in others):
-            raise ArtifactError(f"{relative_path(folder)}: config.json says that {first} and {', '.join(others)} are one "
-                                "tensor, and its files hold two; import it first (the stage of "
+            raise ArtifactError(f"{relative_path(folder)}: config.json says that {first} and {', '.join(others)} are "
+                                "one tensor, and its files hold two; import it first (the stage of "
                                 "llmops.foundation.models)")
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #35e45b17

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../../nbs/00_foundation/26_architectures.ipynb #039089e2
-CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel", "Model")  # how their classes' names end; `...Model` is one without its output layer
+CAUSAL_NAMES = ("ForCausalLM", "LMHeadModel", "Model")  # how the classes end; `...Model` has no output layer
 
 
 def causal_class(

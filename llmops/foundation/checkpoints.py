@@ -222,8 +222,8 @@ def adapter_kind(
     config, place = read_config(path / "adapter_config.json"), relative_path(path)
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind not in PeftType.__members__:
-        raise ArtifactError(f"{place}: adapter_config.json has peft_type {kind}, which the installed PEFT does not know; "
-                            "it may be of a newer version")
+        raise ArtifactError(f"{place}: adapter_config.json has peft_type {kind}, which the installed PEFT does not "
+                            "know; it may be of a newer version")
     if task not in (None, "CAUSAL_LM"):
         raise ArtifactError(f"{place}: the adapter is for {task}, expected CAUSAL_LM: a causal language model's")
     return str(kind)

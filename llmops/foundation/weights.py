@@ -49,7 +49,7 @@ def weight_names(
 def find_weights(
     folder: str | Path,  # a model's or an adapter's folder
 ) -> list[Path]:  # in order; none when there are no weights that would be read
-    "The weight files that transformers, or PEFT, reads. A part that an index lists is among them when it is missing too."
+    "The weight files that transformers, or PEFT, reads; with an index its parts, also those that are missing."
     folder = Path(folder)
     for name in weight_names(folder):
         path = folder / name
@@ -68,7 +68,8 @@ def weight_files(
     folder = Path(folder)
     files = find_weights(folder)
     if not files:
-        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        kinds = (".safetensors", ".bin", ".pt", ".pth")
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in kinds)
         instead = f"; {', '.join(others[:3])} would not be read" if others else ""
         raise ArtifactError(f"{relative_path(folder)}: the model folder has no weights "
                             f"({' or '.join(weight_names(folder)[:3])}){instead}")
