@@ -30,7 +30,7 @@ from pydantic import Field
 from .compensation import layer_names, pack_codes, tune_scales
 from .repack import architecture_faults
 from llmops.foundation.architectures import (
-    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, needed_shapes,
+    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, model_names, needed_shapes,
     transposed_layers)
 from ..foundation.artifacts import MANIFEST, ArtifactError, seal, working_folder
 from ..foundation.chat import encode_text
@@ -222,7 +222,7 @@ def quantize_rtn(
 ) -> None:
     "Round every layer to the nearest code."
     from safetensors.torch import save_file
-    tensors, model = load_tensors(folder), meta_model(folder)
+    tensors, model = source_tensors(folder), meta_model(folder)
     transposed = transposed_layers(model)
     rounded: dict[str, torch.Tensor] = {}
     for name in linear_shapes(model):
@@ -386,8 +386,9 @@ def source_tensors(
     folder: Path,  # the unquantised model
 ) -> dict[str, "torch.Tensor"]:  # by name, a weight that two layers share once
     "The tensors that a model needs, out of its files."
-    tensors = load_tensors(folder)
-    return {name: tensors[name] for name in needed_shapes(meta_model(folder))}
+    tensors, model = load_tensors(folder), meta_model(folder)
+    named = {name: tensors[stored] for stored, name in model_names(model, tensors).items()}
+    return {name: named[name] for name in needed_shapes(model)}
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #35a14146
 def clear_folder(
@@ -582,7 +583,8 @@ def check_source(
     if outside:
         raise ParamError(f"model: {relative_path(folder)} has linear layers outside its blocks ({', '.join(outside)}), "
                          "which GPTQ's readers do not look for; use method nf4 or int8")
-    stored, needed = stored_shapes(folder), needed_shapes(model)
+    shapes, needed = stored_shapes(folder), needed_shapes(model)
+    stored = {name: shapes[old] for old, name in model_names(model, shapes).items()}
     wrong = unequal_tensors({name: shape for name, shape in stored.items() if name in needed}, needed)
     if wrong:
         raise ArtifactError(f"{relative_path(folder)}: its files name or shape the weights otherwise than the model "

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CAUSAL_NAMES', 'FUSED', 'MEDIA_TOKENS', 'causal_class', 'check_architecture', 'linear_modules', 'linear_shapes',
            'transposed_layers', 'use_torch_linear', 'describe_fused', 'expert_shapes', 'expert_share', 'dense_share',
-           'describe_experts', 'needed_shapes', 'tokens_without_vector', 'check_vocabulary']
+           'describe_experts', 'needed_shapes', 'model_names', 'tokens_without_vector', 'check_vocabulary']
 
 # %% ../../nbs/00_foundation/26_architectures.ipynb #bc5ccae5
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,17 @@ def needed_shapes(
             shapes[name] = tuple(tensor.shape)
         seen.add(id(tensor))
     return shapes
+
+
+def model_names(
+    model: "PreTrainedModel",  # any model; the meta device will do
+    stored: Iterable[str],  # names of tensors in its files
+) -> dict[str, str]:  # stored name -> the model's name
+    "What transformers calls the tensors of a checkpoint, some of which have an older name in the files."
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return {name: apply_renamings(name, renamings) for name in stored}
 
 # %% ../../nbs/00_foundation/26_architectures.ipynb #e9fc820e
 MEDIA_TOKENS = ("image_token", "audio_token", "video_token")  # names of placeholders in a tokenizer's settings

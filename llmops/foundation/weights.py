@@ -168,9 +168,11 @@ def unequal_tensors(
 def check_stored(
     folder: Path,  # what was written
     needed: dict[str, tuple[int, ...]],  # tensor name -> shape: what its model needs
+    names: dict[str, str] | None = None,  # stored name -> the model's name; None where they are the same
 ) -> None:
     "Raise `ArtifactError` unless a folder's safetensors hold exactly what its model needs."
-    if wrong := unequal_tensors(stored_shapes(folder), needed):
+    stored = {(names or {}).get(name, name): shape for name, shape in stored_shapes(folder).items()}
+    if wrong := unequal_tensors(stored, needed):
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ArtifactError(f"{relative_path(folder)}: does not hold exactly the model's weights: "
                             f"{', '.join(wrong[:3])}{more}; nothing was kept")
