@@ -277,13 +277,30 @@ def expert_model(to: Path, model_type: str = "mixtral", **values: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     to.mkdir()
-    size = tiny.TINY_SIZE | tiny.TINY_TOKENS | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64}
+    size = (
+        tiny.TINY_SIZE
+        | tiny.TINY_TOKENS
+        | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    )
     config = AutoConfig.for_model(model_type, **(size | values))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         saving.save_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), to)
     shutil.copytree(tiny.tiny_tokenizer(), to, dirs_exist_ok=True)
     return to
+
+
+def test_tensors_under_an_older_name_in_the_files_are_the_models(tmp_path: Path) -> None:
+    folder = expert_model(tmp_path / "neox", "gpt_neox", num_key_value_heads=2)
+    assert "embed_out.weight" in weights.stored_shapes(folder)  # GPT-NeoX's name for lm_head.weight
+    base = models.run_models(models.ModelsParams(model=str(folder), out=str(tmp_path / "base"), wandb="disabled")).work
+    live = logits(*models.load_model(folder, dtype="float32"))
+    assert logits(*models.load_model(base, dtype="float32")).equal(live)
+    cfg = quantization.QuantizationParams(
+        model=str(base), method="rtn", out=str(tmp_path / "rtn"), wandb="disabled", check_rows=1
+    )
+    work = quantization.run_quantization(cfg).work
+    assert weights.stored_shapes(work) == quantization.gptq_shapes(memory.meta_model(folder), 4, 32)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
