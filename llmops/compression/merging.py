@@ -93,7 +93,7 @@ def check_biases(
             raise ArtifactError(f"{relative_path(adapter)}: the adapter has a bias of its own for {layer} (lora_bias), "
                                 "which has no bias in the base, so it cannot be merged; answer with the adapter itself")
 
-
+# %% ../../nbs/07_compression/01_merging.ipynb #b1a5e002
 @dataclass
 class TrainedAdapter:
     "An adapter and what it was trained on."
@@ -310,7 +310,7 @@ def verify_merge(
     after = answer_logprobs(*load_model(path, dtype=dtype), rows)
     difference = max_logprob_difference(before, after)
     if not difference <= TOLERANCE[dtype]:
-        raise MergeError(f"{path.name}: the merged model's log-probabilities differ from base and adapter by "
+        raise MergeError("the merged model's log-probabilities differ from base and adapter by "
                          f"{difference:.3g} nats, at most {TOLERANCE[dtype]:g} is rounding in {dtype}; "
                          "nothing was kept")
     return difference, after

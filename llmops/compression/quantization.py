@@ -557,11 +557,11 @@ def check_ties(
     model: Any,  # the same on the meta device
 ) -> None:
     "Raise `ArtifactError` when tensors that the config says are one are stored as two different ones."
-    stored = stored_shapes(folder)
+    old_names = {name: old for old, name in model_names(model, stored_shapes(folder)).items()}
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in stored:
-            names.setdefault(id(tensor), []).append(name)
+        if name in old_names:
+            names.setdefault(id(tensor), []).append(old_names[name])
     shared = [group for group in names.values() if len(group) > 1]
     tensors = load_tensors(folder) if shared else {}
     for first, *others in shared:
