@@ -29,9 +29,9 @@ from pydantic import Field
 
 from .compensation import layer_names, pack_codes, tune_scales
 from .repack import architecture_faults
-from llmops.foundation.architectures import (
-    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, model_names, needed_shapes,
-    transposed_layers)
+from ..foundation.architectures import (
+    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, model_names,
+    needed_shapes, transposed_layers)
 from ..foundation.artifacts import MANIFEST, ArtifactError, seal, working_folder
 from ..foundation.chat import encode_text
 from ..foundation.console import captured_output
