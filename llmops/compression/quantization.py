@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'QuantizationParams', 'check_gptq_settings', 'linear_layers',
            'fitting_groups', 'check_groups', 'task_calibration', 'general_calibration', 'calibration_rows',
-           'round_layer', 'quantize_rtn', 'gptq_config', 'quantize_gptq', 'check_auto_gptq',
+           'round_layer', 'quantize_rtn', 'gptq_config', 'attention_setting', 'quantize_gptq', 'check_auto_gptq',
            'config_for_transformers_4', 'link_for_transformers_4', 'quantize_auto_gptq', 'checkpoint_tensors',
            'write_configs', 'gptq_shapes', 'source_tensors', 'clear_folder', 'written_tensors', 'write_checkpoint',
            'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes', 'check_layers',
@@ -244,6 +244,13 @@ def gptq_config(
         gptaq=GPTAQConfig(alpha=cfg.gptaq) if cfg.gptaq else None)
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #94a73339
+def attention_setting(
+    folder: Path,  # the unquantised model
+) -> dict[str, str]:  # gptqmodel's argument; none where its own choice, torch's attention, will do
+    "How GPTQModel is told to compute attention: GPT-J and MPT have only code of their own."
+    return {} if meta_model(folder)._supports_sdpa else {"attn_implementation": "eager"}
+
+
 def quantize_gptq(
     folder: Path,  # the unquantised model
     work: Path,  # where to write
@@ -259,7 +266,7 @@ def quantize_gptq(
         from logbar import LogBar
         settings = gptq_config(cfg)
         LogBar.shared().setLevel("CRITICAL")
-        model = GPTQModel.load(str(folder), settings, dtype=torch.bfloat16)
+        model = GPTQModel.load(str(folder), settings, dtype=torch.bfloat16, **attention_setting(folder))
         model.quantize(inputs, batch_size=cfg.batch_size)
         model.save(str(work))
 
@@ -579,6 +586,9 @@ def check_source(
     if expert_shapes(model):
         raise ParamError(f"model: {relative_path(folder)} is {describe_experts(model)}; GPTQ's format has no place for "
                          "them. Use method nf4 or int8, which say what they leave in 16 bits, or serve it in 16 bits")
+    if model.config.model_type == "gpt_bigcode":
+        raise ParamError(f"model: {relative_path(folder)} is a GPTBigCode model, whose code reads its layers' weights "
+                         "by itself and finds none in GPTQ's layers; use method nf4 or int8")
     outside = [name for name in linear_shapes(model) if not re.search(r"\.\d+\.", name)]
     if outside:
         raise ParamError(f"model: {relative_path(folder)} has linear layers outside its blocks ({', '.join(outside)}), "
