@@ -9,7 +9,7 @@ __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'Quantization
            'config_for_transformers_4', 'link_for_transformers_4', 'quantize_auto_gptq', 'checkpoint_tensors',
            'write_configs', 'gptq_shapes', 'source_tensors', 'clear_folder', 'written_tensors', 'write_checkpoint',
            'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes', 'check_layers',
-           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
+           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source', 'check_kernels',
            'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs', 'run_quantization']
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #73a5a477
@@ -586,9 +586,9 @@ def check_source(
     if expert_shapes(model):
         raise ParamError(f"model: {relative_path(folder)} is {describe_experts(model)}; GPTQ's format has no place for "
                          "them. Use method nf4 or int8, which say what they leave in 16 bits, or serve it in 16 bits")
-    if model.config.model_type == "gpt_bigcode":
-        raise ParamError(f"model: {relative_path(folder)} is a GPTBigCode model, whose code reads its layers' weights "
-                         "by itself and finds none in GPTQ's layers; use method nf4 or int8")
+    if model.config.model_type in ("gpt2", "gpt-sw3", "gpt_bigcode"):
+        raise ParamError(f"model: {relative_path(folder)} is of type {model.config.model_type}, whose code reads its "
+                         "layers' weights by itself and finds none in GPTQ's layers; use method nf4 or int8")
     outside = [name for name in linear_shapes(model) if not re.search(r"\.\d+\.", name)]
     if outside:
         raise ParamError(f"model: {relative_path(folder)} has linear layers outside its blocks ({', '.join(outside)}), "
@@ -602,6 +602,22 @@ def check_source(
     check_ties(folder, model)
 
 
+def check_kernels(
+    method: str,  # nf4, int8, gptq or rtn
+    folder: Path,  # the unquantised model, for the message
+    layers: dict[str, tuple[int, int]],  # what `linear_layers` gives
+) -> None:
+    "Raise `ParamError` for layers that a method's library cannot compute with, or would write under other names."
+    import torch
+    for name, (_, outputs) in layers.items():
+        if method == "nf4" and outputs % 32 and not torch.cuda.is_available():
+            raise ParamError(f"model: {relative_path(folder)}: {name} has {outputs} outputs; without a GPU "
+                             "bitsandbytes computes NF4 in multiples of 32 only. Use method int8")
+        if method == "gptq" and name.endswith(".gate_up_proj"):
+            raise ParamError(f"model: {relative_path(folder)}: GPTQModel takes {name} apart, so that the "
+                             "checkpoint would not be the model's; use method rtn, nf4 or int8")
+
+
 def check_source_for(
     cfg: "QuantizationParams",  # method, group_size
     folder: Path,  # the unquantised model
@@ -610,6 +626,7 @@ def check_source_for(
     check_model_folder(folder)
     model = meta_model(folder)
     check_vocabulary(load_tokenizer(folder), model, folder)
+    check_kernels(cfg.method, folder, linear_shapes(model))
     if KIND[cfg.method] == "gptq":
         check_source(folder, model)
         check_groups(linear_shapes(model), cfg.group_size)
