@@ -48,6 +48,10 @@ def write_adapter(base: str | Path, to: Path, config: Any, names: str | Path = "
     return to
 
 
+def text_tokens() -> list[int]:
+    return list(models.load_tokenizer(tiny.tiny_model("llama"))(TEXT)["input_ids"])
+
+
 def adapter_config(kind: str) -> Any:
     import peft
 
@@ -66,7 +70,7 @@ def adapter_config(kind: str) -> Any:
         "lora on the embedding": lambda: peft.LoraConfig(**causal, r=4, target_modules=["q_proj", "embed_tokens"]),
         "tokens": lambda: peft.LoraConfig(**lora, trainable_token_indices=[5, 6, 7]),
         "only tokens": lambda: peft.TrainableTokensConfig(
-            **causal, token_indices=[5, 9], target_modules=["embed_tokens"]
+            **causal, token_indices=text_tokens()[:2], target_modules=["embed_tokens"]
         ),
         "adalora": lambda: peft.AdaLoraConfig(**causal, init_r=4, total_step=10, target_modules=["q_proj", "v_proj"]),
         "ia3": lambda: peft.IA3Config(
@@ -80,6 +84,8 @@ def adapter_config(kind: str) -> Any:
         "fourierft": lambda: peft.FourierFTConfig(**causal, n_frequency=50, target_modules=["q_proj"]),
         "randlora": lambda: peft.RandLoraConfig(**causal, r=4, target_modules=["q_proj"]),
         "hra": lambda: peft.HRAConfig(**lora),
+        "miss": lambda: peft.MissConfig(**lora),
+        "road": lambda: peft.RoadConfig(**causal, group_size=8, target_modules=["q_proj", "v_proj"]),
         "layer norms": lambda: peft.LNTuningConfig(**causal, target_modules=["input_layernorm", "norm"]),
     }
     return configs[kind]()
@@ -89,7 +95,21 @@ LORA_KINDS = (
     *("rslora", "dora", "patterns", "embedding and head saved", "embedding saved", "head saved", "norms saved"),
     *("lora on the head", "lora on the embedding", "tokens", "only tokens"),
 )
-OTHER_KINDS = ("adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "fourierft", "randlora", "hra", "layer norms")
+OTHER_KINDS = (
+    "adalora",
+    "ia3",
+    "loha",
+    "lokr",
+    "oft",
+    "boft",
+    "vera",
+    "fourierft",
+    "randlora",
+    "hra",
+    "miss",
+    "road",
+    "layer norms",
+)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +148,15 @@ def test_what_cannot_be_merged_is_refused_by_name_before_work(kind: str | None, 
     with pytest.raises(ArtifactError, match=str(kind)):
         merging.run_merging(cfg)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_bias_that_has_no_place_in_the_base_is_refused_before_work(tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ArtifactError, match=r"q_proj \(lora_bias\), which has no bias in the base"):
+        merging.resolve_adapter(write_adapter("tiny:llama", tmp_path / "llama", config))
+    merging.resolve_adapter(write_adapter("tiny:qwen2", tmp_path / "qwen2", config))  # its layers have biases
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -248,13 +277,30 @@ def expert_model(to: Path, model_type: str = "mixtral", **values: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     to.mkdir()
-    size = tiny.TINY_SIZE | tiny.TINY_TOKENS | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64}
+    size = (
+        tiny.TINY_SIZE
+        | tiny.TINY_TOKENS
+        | {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    )
     config = AutoConfig.for_model(model_type, **(size | values))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         saving.save_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), to)
     shutil.copytree(tiny.tiny_tokenizer(), to, dirs_exist_ok=True)
     return to
+
+
+def test_tensors_under_an_older_name_in_the_files_are_the_models(tmp_path: Path) -> None:
+    folder = expert_model(tmp_path / "neox", "gpt_neox", num_key_value_heads=2)
+    assert "embed_out.weight" in weights.stored_shapes(folder)  # GPT-NeoX's name for lm_head.weight
+    base = models.run_models(models.ModelsParams(model=str(folder), out=str(tmp_path / "base"), wandb="disabled")).work
+    live = logits(*models.load_model(folder, dtype="float32"))
+    assert logits(*models.load_model(base, dtype="float32")).equal(live)
+    cfg = quantization.QuantizationParams(
+        model=str(base), method="rtn", out=str(tmp_path / "rtn"), wandb="disabled", check_rows=1
+    )
+    work = quantization.run_quantization(cfg).work
+    assert weights.stored_shapes(work) == quantization.gptq_shapes(memory.meta_model(folder), 4, 32)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])

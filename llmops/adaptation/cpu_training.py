@@ -86,7 +86,7 @@ def lora_linear() -> Callable[..., "torch.Tensor"]:  # function of x, A, B, scal
             y = y.addmm_(narrow, low_b.t(), alpha=scale)
             ctx.save_for_backward(rows, narrow, low_a, low_b)
             ctx.scale, ctx.layer, ctx.shape, ctx.dtypes = scale, layer, x.shape, (a.dtype, b.dtype)
-            return y.view(*x.shape[:-1], -1)
+            return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # no view: Falcon adds to it in place
 
         @staticmethod
         def backward(ctx: Any, grad: Any) -> Any:

@@ -177,7 +177,7 @@ def load_dense(
     "The unquantised model."
     import torch
     from transformers import AutoModelForCausalLM
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    options = {"dtype": getattr(torch, dtype)}  # torch's attention, where the model can have it
     return AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
 
 # %% ../../nbs/07_compression/03_compensation.ipynb #01b0fff8

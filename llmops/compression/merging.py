@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['NO_4BIT', 'ADDITIVE', 'MERGEABLE', 'VIRTUAL_TOKENS', 'TOLERANCE', 'KIND', 'check_unquantized', 'check_mergeable',
-           'TrainedAdapter', 'resolve_adapter', 'nf4_weights', 'replace_weights', 'load_with_adapter', 'is_adapted',
-           'untie_modules', 'tie_embeddings', 'merge_adapter', 'split_module_name', 'error_to_update', 'layer_ratios',
-           'quantization_to_update_ratio', 'summarize_ratios', 'max_logprob_difference', 'mean_kl', 'answer_logprobs',
-           'MergeError', 'verify_merge', 'MergingParams', 'load_as_trained', 'MergingResult', 'resolve_inputs',
-           'run_merging']
+           'check_biases', 'TrainedAdapter', 'resolve_adapter', 'nf4_weights', 'replace_weights', 'load_with_adapter',
+           'is_adapted', 'untie_modules', 'tie_embeddings', 'merge_adapter', 'split_module_name', 'error_to_update',
+           'layer_ratios', 'quantization_to_update_ratio', 'summarize_ratios', 'max_logprob_difference', 'mean_kl',
+           'answer_logprobs', 'MergeError', 'verify_merge', 'MergingParams', 'load_as_trained', 'MergingResult',
+           'resolve_inputs', 'run_merging']
 
 # %% ../../nbs/07_compression/01_merging.ipynb #ec9f61fe
 import re
 import statistics
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from ..foundation.architectures import needed_shapes
 from ..foundation.artifacts import ArtifactError, seal, working_folder
 from llmops.foundation.checkpoints import (
     adapter_base, adapter_kind, adapter_path, apply_adapter, check_model_folder, model_kind, open_base, read_config,
-    size_mb)
+    saved_names, size_mb)
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.generation import completion_logprobs
+from ..foundation.memory import meta_model
 from ..foundation.models import default_dtype, load_model
 from ..foundation.nf4 import dequantize
 from ..foundation.project import ParamError, from_cell, relative_path, seed_everything, stage_params
@@ -54,7 +57,9 @@ def check_unquantized(
 
 # %% ../../nbs/07_compression/01_merging.ipynb #d4f7e950
 ADDITIVE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA")  # weight + update
-MERGEABLE = (*ADDITIVE, "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS")
+MERGEABLE = (*ADDITIVE, "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "TRAINABLE_TOKENS", "MISS", "SHIRA", "C3A", "ROAD",
+             "WAVEFT", "DELORA", "GRALORA", "HIRA", "VBLORA", "OSF", "PSOFT", "TINYLORA", "PVERA", "GLORA", "UNILORA",
+             "PEANUT", "FROD", "DEFT", "ADAMSS")
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 
 
@@ -76,6 +81,19 @@ def check_mergeable(
                                 "token or place; answer with the adapter itself")
 
 # %% ../../nbs/07_compression/01_merging.ipynb #6a3fddc5
+def check_biases(
+    adapter: Path,  # an adapter's folder, with its weights
+    base: Path,  # its base's folder
+) -> None:
+    "Raise `ArtifactError` when an adapter has trained a bias (`lora_bias`) for a layer that has none."
+    ending, needed = ".lora_B.bias", needed_shapes(meta_model(base))
+    for name in sorted(saved_names(adapter)):
+        layer = name.removeprefix("base_model.model.").removesuffix(ending)
+        if name.endswith(ending) and f"{layer}.bias" not in needed:
+            raise ArtifactError(f"{relative_path(adapter)}: the adapter has a bias of its own for {layer} (lora_bias), "
+                                "which has no bias in the base, so it cannot be merged; answer with the adapter itself")
+
+# %% ../../nbs/07_compression/01_merging.ipynb #b1a5e002
 @dataclass
 class TrainedAdapter:
     "An adapter and what it was trained on."
@@ -97,6 +115,7 @@ def resolve_adapter(
     check_unquantized(path)
     check_model_folder(path)
     check_model_folder(adapter, tokenizer=False)
+    check_biases(adapter, path)
     return TrainedAdapter(adapter, path, quantization, dtype or default_dtype())
 
 # %% ../../nbs/07_compression/01_merging.ipynb #6dd9edd3
@@ -177,9 +196,12 @@ def merge_adapter(
     untied = bool(is_tied and (is_adapted(embedding) or is_adapted(head)))
     if untied:
         untie_modules(model)
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie")  # PEFT's words for what is seen to here
+        merged = model.merge_and_unload(safe_merge=True)
     if untied and not tie_embeddings(merged):
-        print("embedding and output layer were one tensor and are two from here on: the adapter changes them differently")
+        print("embedding and output layer were one tensor and are two from here on: the adapter changes them "
+              "differently")
     return merged
 
 # %% ../../nbs/07_compression/01_merging.ipynb #7cc21979
@@ -288,7 +310,7 @@ def verify_merge(
     after = answer_logprobs(*load_model(path, dtype=dtype), rows)
     difference = max_logprob_difference(before, after)
     if not difference <= TOLERANCE[dtype]:
-        raise MergeError(f"{path.name}: the merged model's log-probabilities differ from base and adapter by "
+        raise MergeError("the merged model's log-probabilities differ from base and adapter by "
                          f"{difference:.3g} nats, at most {TOLERANCE[dtype]:g} is rounding in {dtype}; "
                          "nothing was kept")
     return difference, after

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'QuantizationParams', 'check_gptq_settings', 'linear_layers',
            'fitting_groups', 'check_groups', 'task_calibration', 'general_calibration', 'calibration_rows',
-           'round_layer', 'quantize_rtn', 'gptq_config', 'quantize_gptq', 'check_auto_gptq',
+           'round_layer', 'quantize_rtn', 'gptq_config', 'attention_setting', 'quantize_gptq', 'check_auto_gptq',
            'config_for_transformers_4', 'link_for_transformers_4', 'quantize_auto_gptq', 'checkpoint_tensors',
            'write_configs', 'gptq_shapes', 'source_tensors', 'clear_folder', 'written_tensors', 'write_checkpoint',
            'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes', 'check_layers',
-           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
+           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source', 'check_kernels',
            'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs', 'run_quantization']
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #73a5a477
@@ -29,9 +29,9 @@ from pydantic import Field
 
 from .compensation import layer_names, pack_codes, tune_scales
 from .repack import architecture_faults
-from llmops.foundation.architectures import (
-    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, needed_shapes,
-    transposed_layers)
+from ..foundation.architectures import (
+    check_vocabulary, dense_share, describe_experts, describe_fused, expert_shapes, linear_shapes, model_names,
+    needed_shapes, transposed_layers)
 from ..foundation.artifacts import MANIFEST, ArtifactError, seal, working_folder
 from ..foundation.chat import encode_text
 from ..foundation.console import captured_output
@@ -222,7 +222,7 @@ def quantize_rtn(
 ) -> None:
     "Round every layer to the nearest code."
     from safetensors.torch import save_file
-    tensors, model = load_tensors(folder), meta_model(folder)
+    tensors, model = source_tensors(folder), meta_model(folder)
     transposed = transposed_layers(model)
     rounded: dict[str, torch.Tensor] = {}
     for name in linear_shapes(model):
@@ -244,6 +244,13 @@ def gptq_config(
         gptaq=GPTAQConfig(alpha=cfg.gptaq) if cfg.gptaq else None)
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #94a73339
+def attention_setting(
+    folder: Path,  # the unquantised model
+) -> dict[str, str]:  # gptqmodel's argument; none where its own choice, torch's attention, will do
+    "How GPTQModel is told to compute attention: GPT-J and MPT have only code of their own."
+    return {} if meta_model(folder)._supports_sdpa else {"attn_implementation": "eager"}
+
+
 def quantize_gptq(
     folder: Path,  # the unquantised model
     work: Path,  # where to write
@@ -259,7 +266,7 @@ def quantize_gptq(
         from logbar import LogBar
         settings = gptq_config(cfg)
         LogBar.shared().setLevel("CRITICAL")
-        model = GPTQModel.load(str(folder), settings, dtype=torch.bfloat16)
+        model = GPTQModel.load(str(folder), settings, dtype=torch.bfloat16, **attention_setting(folder))
         model.quantize(inputs, batch_size=cfg.batch_size)
         model.save(str(work))
 
@@ -386,8 +393,9 @@ def source_tensors(
     folder: Path,  # the unquantised model
 ) -> dict[str, "torch.Tensor"]:  # by name, a weight that two layers share once
     "The tensors that a model needs, out of its files."
-    tensors = load_tensors(folder)
-    return {name: tensors[name] for name in needed_shapes(meta_model(folder))}
+    tensors, model = load_tensors(folder), meta_model(folder)
+    named = {name: tensors[stored] for stored, name in model_names(model, tensors).items()}
+    return {name: named[name] for name in needed_shapes(model)}
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #35a14146
 def clear_folder(
@@ -556,17 +564,17 @@ def check_ties(
     model: Any,  # the same on the meta device
 ) -> None:
     "Raise `ArtifactError` when tensors that the config says are one are stored as two different ones."
-    stored = stored_shapes(folder)
+    old_names = {name: old for old, name in model_names(model, stored_shapes(folder)).items()}
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in stored:
-            names.setdefault(id(tensor), []).append(name)
+        if name in old_names:
+            names.setdefault(id(tensor), []).append(old_names[name])
     shared = [group for group in names.values() if len(group) > 1]
     tensors = load_tensors(folder) if shared else {}
     for first, *others in shared:
         if not all(tensors[first].equal(tensors[other]) for other in others):
-            raise ArtifactError(f"{relative_path(folder)}: config.json says that {first} and {', '.join(others)} are one "
-                                "tensor, and its files hold two; import it first (the stage of "
+            raise ArtifactError(f"{relative_path(folder)}: config.json says that {first} and {', '.join(others)} are "
+                                "one tensor, and its files hold two; import it first (the stage of "
                                 "llmops.foundation.models)")
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #35e45b17
@@ -578,16 +586,36 @@ def check_source(
     if expert_shapes(model):
         raise ParamError(f"model: {relative_path(folder)} is {describe_experts(model)}; GPTQ's format has no place for "
                          "them. Use method nf4 or int8, which say what they leave in 16 bits, or serve it in 16 bits")
+    if model.config.model_type in ("gpt2", "gpt-sw3", "gpt_bigcode"):
+        raise ParamError(f"model: {relative_path(folder)} is of type {model.config.model_type}, whose code reads its "
+                         "layers' weights by itself and finds none in GPTQ's layers; use method nf4 or int8")
     outside = [name for name in linear_shapes(model) if not re.search(r"\.\d+\.", name)]
     if outside:
         raise ParamError(f"model: {relative_path(folder)} has linear layers outside its blocks ({', '.join(outside)}), "
                          "which GPTQ's readers do not look for; use method nf4 or int8")
-    stored, needed = stored_shapes(folder), needed_shapes(model)
+    shapes, needed = stored_shapes(folder), needed_shapes(model)
+    stored = {name: shapes[old] for old, name in model_names(model, shapes).items()}
     wrong = unequal_tensors({name: shape for name, shape in stored.items() if name in needed}, needed)
     if wrong:
         raise ArtifactError(f"{relative_path(folder)}: its files name or shape the weights otherwise than the model "
                             f"({wrong[0]}); import it first (the stage of llmops.foundation.models)")
     check_ties(folder, model)
+
+
+def check_kernels(
+    method: str,  # nf4, int8, gptq or rtn
+    folder: Path,  # the unquantised model, for the message
+    layers: dict[str, tuple[int, int]],  # what `linear_layers` gives
+) -> None:
+    "Raise `ParamError` for layers that a method's library cannot compute with, or would write under other names."
+    import torch
+    for name, (_, outputs) in layers.items():
+        if method == "nf4" and outputs % 32 and not torch.cuda.is_available():
+            raise ParamError(f"model: {relative_path(folder)}: {name} has {outputs} outputs; without a GPU "
+                             "bitsandbytes computes NF4 in multiples of 32 only. Use method int8")
+        if method == "gptq" and name.endswith(".gate_up_proj"):
+            raise ParamError(f"model: {relative_path(folder)}: GPTQModel takes {name} apart, so that the "
+                             "checkpoint would not be the model's; use method rtn, nf4 or int8")
 
 
 def check_source_for(
@@ -598,6 +626,7 @@ def check_source_for(
     check_model_folder(folder)
     model = meta_model(folder)
     check_vocabulary(load_tokenizer(folder), model, folder)
+    check_kernels(cfg.method, folder, linear_shapes(model))
     if KIND[cfg.method] == "gptq":
         check_source(folder, model)
         check_groups(linear_shapes(model), cfg.group_size)

@@ -222,8 +222,8 @@ def adapter_kind(
     config, place = read_config(path / "adapter_config.json"), relative_path(path)
     kind, task = config.get("peft_type"), config.get("task_type")
     if kind not in PeftType.__members__:
-        raise ArtifactError(f"{place}: adapter_config.json has peft_type {kind}, which the installed PEFT does not know; "
-                            "it may be of a newer version")
+        raise ArtifactError(f"{place}: adapter_config.json has peft_type {kind}, which the installed PEFT does not "
+                            "know; it may be of a newer version")
     if task not in (None, "CAUSAL_LM"):
         raise ArtifactError(f"{place}: the adapter is for {task}, expected CAUSAL_LM: a causal language model's")
     return str(kind)
@@ -275,6 +275,7 @@ def apply_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # looked for below, both ways
+            warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # see merging
             tuned = PeftModel.from_pretrained(model, str(path), is_trainable=train)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         mismatches = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]

@@ -50,8 +50,8 @@ PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['co
 def load_tokenizer(
     path: Path,  # model folder or GGUF file
 ) -> "PreTrainedTokenizerBase":  # with a pad token and a chat template
-    """A model's tokenizer. One without a chat template gets a plain `User: ... Assistant:` one. Raises `ChatTemplateError`
-    when there are several templates and none is called `default`."""
+    """A model's tokenizer. One without a chat template gets a plain `User: ... Assistant:` one.
+    Raises `ChatTemplateError` when there are several templates and none is called `default`."""
     from transformers import AutoTokenizer
     if path.is_file():
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -132,7 +132,8 @@ def check_loaded(
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ArtifactError(f"{relative_path(path)}: its files do not hold the weights that its config.json asks for: "
-                            f"{', '.join(faults[:3])}{more}; they would be random numbers. Copy or make the model again")
+                            f"{', '.join(faults[:3])}{more}; they would be random numbers. "
+                            "Copy or make the model again")
 
 
 def open_pretrained(
@@ -141,7 +142,8 @@ def open_pretrained(
 ) -> "PreTrainedModel":  # all of whose weights are from its files
     "Let transformers load a model, and see that nothing was made up."
     from transformers import AutoModelForCausalLM
-    folder, told = path.parent if path.is_file() else path, dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    folder = path.parent if path.is_file() else path
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = cast(Any, AutoModelForCausalLM).from_pretrained(str(folder), **told, **arguments)
     check_loaded(path, info)  # what transformers would ignore is an error here
     return model

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import expert_shapes, needed_shapes
+from .architectures import expert_shapes, model_names, needed_shapes
 from .artifacts import ArtifactError
 from .project import relative_path
 from .report import write_json
@@ -68,7 +68,7 @@ def check_saved(
     if sum(prod(shape) for shape in needed.values()) != sum(prod(shape) for shape in stored.values()):
         check_stored(out, needed)
     if not expert_shapes(model):
-        check_stored(out, needed)
+        check_stored(out, needed, model_names(model, stored))
 
 # %% ../../nbs/00_foundation/24_saving.ipynb #6172a2ea
 def record_ties(

@@ -49,7 +49,7 @@ def weight_names(
 def find_weights(
     folder: str | Path,  # a model's or an adapter's folder
 ) -> list[Path]:  # in order; none when there are no weights that would be read
-    "The weight files that transformers, or PEFT, reads. A part that an index lists is among them when it is missing too."
+    "The weight files that transformers, or PEFT, reads; with an index its parts, also those that are missing."
     folder = Path(folder)
     for name in weight_names(folder):
         path = folder / name
@@ -68,7 +68,8 @@ def weight_files(
     folder = Path(folder)
     files = find_weights(folder)
     if not files:
-        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        kinds = (".safetensors", ".bin", ".pt", ".pth")
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in kinds)
         instead = f"; {', '.join(others[:3])} would not be read" if others else ""
         raise ArtifactError(f"{relative_path(folder)}: the model folder has no weights "
                             f"({' or '.join(weight_names(folder)[:3])}){instead}")
@@ -167,9 +168,11 @@ def unequal_tensors(
 def check_stored(
     folder: Path,  # what was written
     needed: dict[str, tuple[int, ...]],  # tensor name -> shape: what its model needs
+    names: dict[str, str] | None = None,  # stored name -> the model's name; None where they are the same
 ) -> None:
     "Raise `ArtifactError` unless a folder's safetensors hold exactly what its model needs."
-    if wrong := unequal_tensors(stored_shapes(folder), needed):
+    stored = {(names or {}).get(name, name): shape for name, shape in stored_shapes(folder).items()}
+    if wrong := unequal_tensors(stored, needed):
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ArtifactError(f"{relative_path(folder)}: does not hold exactly the model's weights: "
                             f"{', '.join(wrong[:3])}{more}; nothing was kept")

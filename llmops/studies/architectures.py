@@ -67,9 +67,9 @@ def write_random_model(
     "Write a tiny random model with a real tokenizer."
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    merged = TINY_TOKENS | values
-    given = {key: value for key, value in merged.items() if value is not None or key == "sliding_window"}
-    config = AutoConfig.for_model(**given)
+    given = TINY_TOKENS | values
+    left_out = [key for key, value in given.items() if value is None and key != "sliding_window"]
+    config = AutoConfig.for_model(**{key: value for key, value in given.items() if key not in left_out})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_weights(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder)
