@@ -159,7 +159,7 @@ def try_architecture(
                 merged, row["both merges"] = try_step(merging_step, adapter, folder / "merged")
             for column, method in (("NF4", "nf4"), ("GPTQ", "gptq")):
                 _, row[column] = try_step(quantization_step, merged or base, folder / method, method)
-    return row
+        return {column: cell.replace(f"{folder}/", "") for column, cell in row.items()}
 
 # %% ../../nbs/11_studies/08_architectures.ipynb #345e8444
 RESULTS = "nbs/results/architectures.json"
