@@ -218,6 +218,8 @@ def target_modules(
 ) -> list[str]:  # the names of the modules that get an adapter
     "Which linear layers get an adapter. Raises `ParamError` naming the ones that there are."
     known = {name.rpartition(".")[2] for name in linear_modules(model)}
+    if model.config.model_type in ("mamba", "mamba2", "falcon_mamba"):
+        known -= {"out_proj", "conv1d"}  # its code reads their weights itself, past an adapter
     if not known:
         raise ParamError(f"model: {type(model).__name__} has no linear layers, so no adapter can be put on them")
     names = known if targets == "all-linear" else {target.strip() for target in targets.split(",") if target.strip()}

@@ -380,15 +380,15 @@ def run_merging(
     seed_everything(cfg.seed)
     trained, data = resolve_inputs(cfg)
     rows = read_split(data, "valid")[:cfg.check_rows]
-    model, tokenizer, weights = load_as_trained(trained)
-    reference = answer_logprobs(model, tokenizer, rows)
-    model, tokenizer = load_with_adapter(trained.adapter, trained.base, cfg.dtype)
-    ratios = layer_ratios(model, weights)
-    if cfg.method == "dequantized":
-        model, tokenizer = load_with_adapter(trained.adapter, trained.base, cfg.dtype, weights)
-    del weights
-    before = answer_logprobs(model, tokenizer, rows)
     with working_folder(cfg.out, cfg) as work:
+        model, tokenizer, weights = load_as_trained(trained)
+        reference = answer_logprobs(model, tokenizer, rows)
+        model, tokenizer = load_with_adapter(trained.adapter, trained.base, cfg.dtype)
+        ratios = layer_ratios(model, weights)
+        if cfg.method == "dequantized":
+            model, tokenizer = load_with_adapter(trained.adapter, trained.base, cfg.dtype, weights)
+        del weights
+        before = answer_logprobs(model, tokenizer, rows)
         save_model(merge_adapter(model), tokenizer, work)
         del model  # the check loads it again
         difference, after = verify_merge(before, work, rows, cfg.dtype)

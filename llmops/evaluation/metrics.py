@@ -195,20 +195,17 @@ class MetricsResult:
 
 
 def write_evaluation(
-    out: str,  # where the artifact goes
+    work: Path,  # the working folder
     predictions: list[dict[str, Any]],  # scored rows
     scores: dict[str, Any],  # deterministic figures
     arrays: dict[str, "np.ndarray"],  # of `pack_logprobs`; empty when none were kept
-    params: Any = None,  # the stage's parameters, which the artifact is going to record
-) -> Path:  # the working folder
+) -> None:
     "Write predictions.jsonl, scores.json and logprobs.safetensors."
     from safetensors.numpy import save_file
-    with working_folder(out, params) as work:
-        write_jsonl(work / "predictions.jsonl", predictions)
-        write_json(work / "scores.json", scores, sort_keys=True, ensure_ascii=True)
-        if arrays:
-            save_file(arrays, work / "logprobs.safetensors")
-    return work
+    write_jsonl(work / "predictions.jsonl", predictions)
+    write_json(work / "scores.json", scores, sort_keys=True, ensure_ascii=True)
+    if arrays:
+        save_file(arrays, work / "logprobs.safetensors")
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #017352b3
 def score_version(
@@ -238,15 +235,16 @@ def run_metrics(
     "Evaluate one version."
     inputs = resolve_inputs(cfg)
     seed_everything(cfg.seed)
-    model, tokenizer = load_model(inputs.model)
-    size = deployed_size_mb(inputs.model, model)
-    predictions, scores, arrays, metrics = score_version(model, tokenizer, inputs, cfg)
-    scores |= {"version": cfg.version, "kind": model_kind(inputs.model), "size_mb": size, "refusal": inputs.refusal,
-               "protocol": describe_protocol(cfg, inputs.rows, inputs.texts)}
+    with working_folder(cfg.out, cfg) as work:
+        model, tokenizer = load_model(inputs.model)
+        size = deployed_size_mb(inputs.model, model)
+        predictions, scores, arrays, metrics = score_version(model, tokenizer, inputs, cfg)
+        scores |= {"version": cfg.version, "kind": model_kind(inputs.model), "size_mb": size,
+                   "refusal": inputs.refusal, "protocol": describe_protocol(cfg, inputs.rows, inputs.texts)}
+        write_evaluation(work, predictions, scores, arrays)
     log.summary({k: v for k, v in (scores | metrics).items() if isinstance(v, int | float)})
     log.table("predictions", predictions[:50])
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(inputs.rows)} prompts do not fit the context: not asked, scored 0")
     model_ref = inputs.model if cfg.model.startswith("tiny:") else cfg.model
-    work = write_evaluation(cfg.out, predictions, scores, arrays, cfg)
     return MetricsResult(work, {"model": model_ref, "data": inputs.data}, metrics, scores, predictions)

@@ -207,11 +207,11 @@ def run_datasets(
     seed_everything(cfg.seed)
     forget = parse_forget_list(cfg.forget)
     sources = {"data": cfg.data, "text": cfg.text} | {f"benchmark {i}": ref for i, ref in enumerate(cfg.benchmarks, 1)}
-    splits = make_splits(cfg, forget)
-    check_splits(cfg, splits)
-    for name in ("general_train", "general_test"):
-        splits.rows[name] = [{"text": row["text"]} for row in splits.rows[name]]
     with working_folder(cfg.out, cfg) as work:
+        splits = make_splits(cfg, forget)
+        check_splits(cfg, splits)
+        for name in ("general_train", "general_test"):
+            splits.rows[name] = [{"text": row["text"]} for row in splits.rows[name]]
         card = describe_splits(cfg, splits, forget, sources)
         write_splits(work, splits.rows, splits.removed, card)
     log.summary({"splits": card["splits"], "removed": card["removed"]})

@@ -166,7 +166,8 @@ def explain_no_locks(
         home.rmdir()
         home.parent.rmdir()
     reason = getattr(error, "strerror", None) or str(error)
-    return LocksRefused(f"{relative_path(home.parent.parent / home.name)}: cannot be locked: its file system refuses locks "
+    place = relative_path(home.parent.parent / home.name)
+    return LocksRefused(f"{place}: cannot be locked: its file system refuses locks "
                         f"({reason}), so that two runs could write it at once; let `out` name a folder on a file "
                         "system that has flock(2), such as a local disk, and copy the artifact when it is sealed")
 

@@ -271,11 +271,11 @@ def run_models(
     "Bring a model into the project: one folder of safetensors with tokenizer and chat template."
     seed_everything(cfg.seed)
     path = base_path(cfg.model)
-    model, tokenizer = load_model(path, dtype=cfg.dtype)
-    pin_templates(tokenizer, cfg.prompt_date or None)
-    changes = template_changes(tokenizer)
-    tokenizer.model_max_length = context_length(model)
     with working_folder(cfg.out, cfg) as work:
+        model, tokenizer = load_model(path, dtype=cfg.dtype)
+        pin_templates(tokenizer, cfg.prompt_date or None)
+        changes = template_changes(tokenizer)
+        tokenizer.model_max_length = context_length(model)
         check_disk_space(work, model.num_parameters() * model.dtype.itemsize)
         save_model(model, tokenizer, work)
     if experts := describe_experts(model):

@@ -70,7 +70,8 @@ def read_list(
         entries = json.loads(gzip.decompress(data) if file.suffix == ".gz" else data)
         return TypeAdapter(list[item]).validate_python(entries)  # type: ignore[valid-type]
     except FileNotFoundError:
-        raise DataError(f"folder: {relative_path(file)} is not there; a tau2 domain has {DOCUMENTS} and {TASKS}") from None
+        raise DataError(f"folder: {relative_path(file)} is not there; "
+                        f"a tau2 domain has {DOCUMENTS} and {TASKS}") from None
     except ValidationError as e:
         first = e.errors()[0]
         raise DataError(f"{relative_path(file)}, {'.'.join(map(str, first['loc']))}: {first['msg']}; expected a list "

@@ -330,9 +330,10 @@ def main(
 ) -> int:  # the exit code: 1 when anything went wrong
     "`python -m llmops.studies.robustness nbs/results/robustness.json`"
     parser = argparse.ArgumentParser(prog="python -m llmops.studies.robustness",
-                                     description="Disturb runs and feed faulty inputs on purpose, and count what went wrong.")
+                                     description="Disturb runs and feed faulty inputs, and count what went wrong.")
     parser.add_argument("out", help="the JSON file to write; a table goes beside it, as .md")
-    parser.add_argument("--kinds", nargs="+", choices=("artifacts", *KINDS), default=("artifacts", *KINDS), help="of faults")
+    kinds = ("artifacts", *KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, help="of faults")
     parser.add_argument("--rounds", type=int, default=200, help="of disturbed runs")
     parser.add_argument("--clients", type=int, default=40, help="that leave each server")
     parser.add_argument("--seed", type=int, default=42, help="of the plans")
