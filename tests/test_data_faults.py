@@ -17,7 +17,7 @@ from llmops.foundation.reading import DataError
 
 SMALL = {"limit": 60, "test": 0.25, "valid": 0.15, "general_train": 24, "general_test": 8, "wandb": "disabled"}
 GOOD = {"passage": "Ann lives in Oslo.", "question": "Where does Ann live?", "answer": "Oslo"}
-NOTEBOOK = "nbs/00_foundation/20_datasets.ipynb"
+NOTEBOOK = "nbs/00_foundation/21_datasets.ipynb"
 
 
 def lines(*rows) -> str:

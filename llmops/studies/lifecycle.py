@@ -42,13 +42,13 @@ def data_step(
     if card is None:
         return []
     rows = {name: split["rows"] for name, split in card["splits"].items()}
-    return [{"step": "Data", "notebook": "00_foundation/20_datasets.ipynb",
+    return [{"step": "Data", "notebook": "00_foundation/21_datasets.ipynb",
              "what": "checked, deduplicated, decontaminated splits with a data card",
              "number": f"{rows['train']} questions to train, {rows['valid']} to validate, {rows['test']} held out"}]
 
 # %% ../../nbs/11_studies/07_lifecycle.ipynb #6d675ed1
 VERSIONS = {  # version -> step, notebook, what the step does
-    "base": ("Base", "00_foundation/27_models.ipynb", "the model that everything starts from"),
+    "base": ("Base", "00_foundation/31_models.ipynb", "the model that everything starts from"),
     "base-nf4": ("4-bit base", "07_compression/02_quantization.ipynb", "bitsandbytes NF4, int8 and GPTQ"),
     "qlora": ("Fine-tuning", "02_adaptation/01_finetuning.ipynb", "full, LoRA and QLoRA training"),
     "qlora-merged-base": ("Merging", "07_compression/01_merging.ipynb", "adapter and base become one model"),
@@ -77,13 +77,13 @@ def retrieval_steps(
     steps = []
     if search := read_figures(runs, "retrieval/scores.json"):
         best = search["search"]["hybrid"]["all"]
-        steps.append({"step": "Retrieval", "notebook": "03_retrieval/18_retrieval.ipynb",
+        steps.append({"step": "Retrieval", "notebook": "03_retrieval/20_retrieval.ipynb",
                       "what": "index a corpus, tune the search, measure it",
                       "number": f"recall@5 {with_interval(best, 'recall@5')} among {search['documents']:,} documents"})
     if answers := read_figures(runs, "answering/scores.json"):
         scores = answers["lora-retrieved"]["retrieved, as said"]
         figures = {name: scores[name] for name in ("f1", "f1_low", "f1_high")}
-        steps.append({"step": "Answering", "notebook": "03_retrieval/24_answering.ipynb",
+        steps.append({"step": "Answering", "notebook": "03_retrieval/25_answering.ipynb",
                       "what": "short answers from found passages, with their place, or unknown",
                       "number": f"F1 {with_interval(scores)} without being handed the passage"} | figures)
     return steps
