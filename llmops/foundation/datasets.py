@@ -219,7 +219,7 @@ def run_datasets(
 
 # %% ../../nbs/00_foundation/21_datasets.ipynb #572c104c
 TINY_DATA = "tiny:data"
-TINY_MODULES = ("text", "decoding", "rowfiles", "datafiles", "qafields", "reading", "answers", "curation", "datacard",
+TINY_MODULES = ("text", "decoding", "workbooks", "rowfiles", "datafiles", "qafields", "reading", "answers", "curation", "datacard",
                 "prompts", "splits", "datasets")  # the code that makes it
 
 
