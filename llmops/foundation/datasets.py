@@ -219,8 +219,8 @@ def run_datasets(
 
 # %% ../../nbs/00_foundation/21_datasets.ipynb #572c104c
 TINY_DATA = "tiny:data"
-TINY_MODULES = ("text", "decoding", "workbooks", "rowfiles", "datafiles", "qafields", "reading", "answers", "curation", "datacard",
-                "prompts", "splits", "datasets")  # the code that makes it
+TINY_MODULES = ("text", "decoding", "workbooks", "rowfiles", "datafiles", "qafields", "reading", "answers", "curation",
+                "datacard", "prompts", "splits", "datasets")  # the code that makes it
 
 
 def make_tiny_data(
