@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'QuantizationParams', 'check_gptq_settings', 'linear_layers',
            'fitting_groups', 'check_groups', 'task_calibration', 'general_calibration', 'calibration_rows',
-           'round_layer', 'quantize_rtn', 'gptq_config', 'attention_setting', 'quantize_gptq', 'check_auto_gptq',
-           'config_for_transformers_4', 'link_for_transformers_4', 'quantize_auto_gptq', 'checkpoint_tensors',
-           'write_configs', 'gptq_shapes', 'source_tensors', 'clear_folder', 'written_tensors', 'write_checkpoint',
-           'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes', 'check_layers',
-           'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source', 'check_kernels',
-           'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs', 'run_quantization']
+           'round_layer', 'gptq_shapes', 'source_tensors', 'quantize_rtn', 'gptq_config', 'attention_setting',
+           'quantize_gptq', 'check_auto_gptq', 'config_for_transformers_4', 'link_for_transformers_4',
+           'quantize_auto_gptq', 'checkpoint_tensors', 'write_configs', 'clear_folder', 'written_tensors',
+           'write_checkpoint', 'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes',
+           'check_layers', 'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
+           'check_kernels', 'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs',
+           'run_quantization']
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #73a5a477
 import json
@@ -214,6 +215,30 @@ def round_layer(
     return {"qweight": pack_codes(codes.t(), bits), "qzeros": pack_codes(zeros.long() - 1, bits).t().contiguous(),
             "scales": scales.t().contiguous(), "g_idx": (torch.arange(inputs) // group_size).int()}
 
+# %% ../../nbs/07_compression/02_quantization.ipynb #32c5d33c
+def gptq_shapes(
+    model: Any,  # the unquantised model; the meta device will do
+    bits: int,  # of a code
+    group_size: int,  # inputs that share a scale; -1: all of a row
+) -> dict[str, tuple[int, ...]]:  # tensor name -> shape
+    "The tensors of a model's checkpoint in GPTQ's format."
+    shapes = needed_shapes(model)
+    for name, (inputs, outputs) in linear_shapes(model).items():
+        del shapes[f"{name}.weight"]
+        groups = 1 if group_size == -1 else inputs // group_size
+        shapes |= {f"{name}.qweight": (inputs * bits // 32, outputs), f"{name}.g_idx": (inputs,),
+                   f"{name}.qzeros": (groups, outputs * bits // 32), f"{name}.scales": (groups, outputs)}
+    return shapes
+
+
+def source_tensors(
+    folder: Path,  # the unquantised model
+) -> dict[str, "torch.Tensor"]:  # by name, a weight that two layers share once
+    "The tensors that a model needs, out of its files."
+    tensors, model = load_tensors(folder), meta_model(folder)
+    named = {name: tensors[stored] for stored, name in model_names(model, tensors).items()}
+    return {name: named[name] for name in needed_shapes(model)}
+
 # %% ../../nbs/07_compression/02_quantization.ipynb #ef19e679
 def quantize_rtn(
     folder: Path,  # the unquantised model
@@ -372,30 +397,6 @@ def write_configs(
     if (folder / "generation_config.json").is_file():
         generation = json.loads((folder / "generation_config.json").read_text())
         write_json(work / "generation_config.json", generation | {"do_sample": False}, sort_keys=True)
-
-# %% ../../nbs/07_compression/02_quantization.ipynb #32c5d33c
-def gptq_shapes(
-    model: Any,  # the unquantised model; the meta device will do
-    bits: int,  # of a code
-    group_size: int,  # inputs that share a scale; -1: all of a row
-) -> dict[str, tuple[int, ...]]:  # tensor name -> shape
-    "The tensors of a model's checkpoint in GPTQ's format."
-    shapes = needed_shapes(model)
-    for name, (inputs, outputs) in linear_shapes(model).items():
-        del shapes[f"{name}.weight"]
-        groups = 1 if group_size == -1 else inputs // group_size
-        shapes |= {f"{name}.qweight": (inputs * bits // 32, outputs), f"{name}.g_idx": (inputs,),
-                   f"{name}.qzeros": (groups, outputs * bits // 32), f"{name}.scales": (groups, outputs)}
-    return shapes
-
-
-def source_tensors(
-    folder: Path,  # the unquantised model
-) -> dict[str, "torch.Tensor"]:  # by name, a weight that two layers share once
-    "The tensors that a model needs, out of its files."
-    tensors, model = load_tensors(folder), meta_model(folder)
-    named = {name: tensors[stored] for stored, name in model_names(model, tensors).items()}
-    return {name: named[name] for name in needed_shapes(model)}
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #35a14146
 def clear_folder(
