@@ -54,7 +54,8 @@ def feeding_runs(
 # %% ../../nbs/12_tools/08_outputs.ipynb #8b25e264
 KEPT = ("text/plain", "text/html", "text/markdown", "text/latex", "image/svg+xml", "image/png")
 LARGEST = 200_000  # characters of one output
-BANNER = re.compile(r"^(INFO +LogBar: |\[INFO\] Running in WANDB ).*\n?", re.M)  # printed on import
+BANNER = re.compile(r"^\r?(INFO +(LogBar: |ENV: |\n)|WARN +Python GIL|\[INFO\] Running in WANDB |[┌│└]"
+                    r"|(GPT-QModel|Transformers|Torch) +: ).*\n?", re.M)  # printed on import
 TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w{{8}}/")  # another one in every run
 
 
