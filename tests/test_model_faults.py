@@ -407,3 +407,94 @@ def test_a_config_that_ties_two_different_tensors_is_put_right_at_import(tmp_pat
     assert logits(*models.load_model(base, dtype="float32")).equal(live)
     done = quantization.run_quantization(replace(cfg, model=str(base)))
     assert "lm_head.weight" in weights.stored_shapes(done.work)
+
+
+BAD_INDEXES = {
+    "a list": (["x"], "weight_map does not give a file name for each tensor"),
+    "a number": ({"a": 3}, "weight_map does not give a file name for each tensor"),
+    "outside": ({"a": "../model.safetensors"}, "lies outside the model folder"),
+    "empty": ({}, "has no weights"),
+    "not there": ({"a": "model-00001-of-00002.safetensors"}, "missing or cut short"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INDEXES)
+def test_an_index_that_names_no_files_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    parts, problem = BAD_INDEXES[kind]
+    folder = copy_model("mistral", tmp_path / "indexed")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    with pytest.raises(ArtifactError, match=problem):
+        models.run_models(models.ModelsParams(model=str(folder), out=str(tmp_path / "base"), wandb="disabled"))
+    for method in ("rtn", "nf4"):
+        cfg = quantization.QuantizationParams(
+            model=str(folder), method=method, out=str(tmp_path / "q"), wandb="disabled"
+        )
+        with pytest.raises(ArtifactError, match=problem):
+            quantization.run_quantization(cfg)
+    assert not (tmp_path / "q").exists() and not (tmp_path / "base").exists()
+
+
+def test_a_stale_index_beside_a_whole_file_is_left_alone(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    stale, clean = copy_model("mistral", tmp_path / "stale"), copy_model("mistral", tmp_path / "clean")
+    tensors = weights.load_tensors(stale)
+    save_file(tensors, stale / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (stale / "model.safetensors.index.json").write_text(json.dumps(index))
+    for folder in (stale, clean):
+        save_file({n: t * 1.3 for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    stored = []
+    for folder in (stale, clean):
+        cfg = quantization.QuantizationParams(
+            model=str(folder), method="rtn", out=str(tmp_path / f"q-{folder.name}"), wandb="disabled", check_rows=1
+        )
+        stored.append(weights.load_tensors(quantization.run_quantization(cfg).work))
+    assert stored[0].keys() == stored[1].keys()
+    assert all(stored[0][name].equal(stored[1][name]) for name in stored[0])
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123456\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("fault", ["pointer", "page", "cut", "header"])
+def test_a_weight_file_that_is_none_is_refused_before_work(name: str, fault: str, tmp_path: Path) -> None:
+    import torch
+
+    folder = copy_model("mistral", tmp_path / "model")
+    if name == "pytorch_model.bin":
+        torch.save(weights.load_tensors(folder), folder / name)
+        (folder / "model.safetensors").unlink()
+    whole = (folder / name).read_bytes()
+    content = {
+        "pointer": LFS_POINTER,
+        "page": b"<html>not found</html>",
+        "cut": whole[: len(whole) // 2],
+        "header": len(b"{}x").to_bytes(8, "little") + b"{}x",
+    }[fault]
+    (folder / name).write_bytes(content)
+    for call in (
+        lambda: models.run_models(models.ModelsParams(model=str(folder), out=str(tmp_path / "o"), wandb="disabled")),
+        lambda: checkpoints.check_model_folder(folder),
+    ):
+        with pytest.raises(ArtifactError, match=f"{name}: .*(run git lfs pull|cut short|no safetensors file)"):
+            call()
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("targets", [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.gate.weight"]])
+def test_an_adapter_on_experts_merges_to_its_live_answers(targets: list[str], tmp_path: Path) -> None:
+    import peft
+
+    base = expert_model(tmp_path / "moe")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], target_parameters=targets)
+    adapter = write_adapter(base, tmp_path / "adapter", config)
+    live = logits(*models.load_model(adapter, dtype="float32"))
+    assert (live - logits(*models.load_model(base, dtype="float32"))).abs().max() > 1e-3
+    cfg = merging.MergingParams(
+        adapter=str(adapter), method="base", check_rows=1, out=str(tmp_path / "out"), wandb="disabled"
+    )
+    work = merging.run_merging(cfg).work
+    assert (logits(*models.load_model(work, dtype="float32")) - live).abs().max() < 1e-3

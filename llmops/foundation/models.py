@@ -9,6 +9,7 @@ __all__ = ['PLAIN_TEMPLATE', 'KIND', 'default_dtype', 'load_tokenizer', 'check_q
 
 # %% ../../nbs/00_foundation/31_models.ipynb #b406c33a
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -140,11 +141,18 @@ def open_pretrained(
     path: Path,  # model folder, or GGUF file
     arguments: dict[str, Any],  # what `loading_arguments` gives
 ) -> "PreTrainedModel":  # all of whose weights are from its files
-    "Let transformers load a model, and see that nothing was made up."
+    """Let transformers load a model, and see that nothing was made up.
+    Raises `ArtifactError` for weights that are missing, or whose file cannot be read."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     folder = path.parent if path.is_file() else path
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = cast(Any, AutoModelForCausalLM).from_pretrained(str(folder), **told, **arguments)
+    try:
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(str(folder), **told, **arguments)
+    except (pickle.UnpicklingError, EOFError, SafetensorError) as e:
+        raise ArtifactError(f"{relative_path(path)}: its weights cannot be read ({str(e)[:60]}...): the file is damaged, "
+                            "or a pickle of more than tensors, which is not opened because it may run code. "
+                            "Copy it again, or save the model as safetensors") from None
     check_loaded(path, info)  # what transformers would ignore is an error here
     return model
 
