@@ -174,10 +174,10 @@ def test_virtual_tokens_answer_and_are_not_merged(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["/another/machine/base", "owner/on-the-hub", ""])
 def test_a_base_that_lies_elsewhere_is_used_first(name: str, tmp_path: Path) -> None:
     config = adapter_config("rslora")
-    adapter = write_adapter("tiny:mistral", tmp_path / "adapter", config, names=name or "x")
+    adapter = write_adapter("tiny:mistral", tmp_path / "내 어댑터", config, names=name or "x")
     values = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": name or None}))
-    base = copy_model("mistral", tmp_path / "moved")
+    base = copy_model("mistral", tmp_path / "옮긴 모델 (1) #2")
     with pytest.raises(ArtifactError, match="`base`"):
         models.load_model(adapter)
     model, tokenizer = models.load_model(adapter, base=base, dtype="float32")
@@ -189,6 +189,8 @@ def test_a_base_that_lies_elsewhere_is_used_first(name: str, tmp_path: Path) -> 
     assert (logits(*models.load_model(result.work, dtype="float32")) - live).abs().max() < 1e-3
     with pytest.raises(ArtifactError, match="does not fit|another model"):
         models.load_model(adapter, base="tiny:falcon")
+    with pytest.raises(ArtifactError, match="^base: .*no such file or folder"):
+        models.load_model(adapter, base=tmp_path / "not here")
 
 
 @given(

@@ -173,14 +173,18 @@ def check_same_base(
     path: Path,  # an adapter's folder
     base: str | Path,  # where its base is said to be
 ) -> None:
-    "Raise `ArtifactError` when that is another model than the adapter was trained on."
+    "Raise `ArtifactError` when that is no model, or another one than the adapter was trained on."
+    try:
+        place = model_path(base)
+    except ArtifactError as e:
+        raise ArtifactError(f"base: {e}; say where the base of {relative_path(path)} is") from None
     ref, digest = recorded_base(path)
     problem = f"{relative_path(path)}: the adapter was trained on {ref}; base {base} is another model"
     if digest:
-        if input_digest(model_path(base)) != digest:
+        if input_digest(place) != digest:
             raise ArtifactError(f"{problem}: its digest is not {digest[:12]}. Give that very model")
     elif ref and is_here(ref):
-        ours, theirs = read_config(model_path(base) / "config.json"), read_config(model_path(ref) / "config.json")
+        ours, theirs = read_config(place / "config.json"), read_config(model_path(ref) / "config.json")
         unlike = [key for key in SHAPE if ours and theirs and ours.get(key) != theirs.get(key)]
         if unlike:
             raise ArtifactError(f"{problem}: its {unlike[0]} is {ours.get(unlike[0])}, expected "
