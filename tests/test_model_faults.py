@@ -486,6 +486,36 @@ def test_a_weight_file_that_is_none_is_refused_before_work(name: str, fault: str
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", *checkpoints.JSON_FILES])
+@pytest.mark.parametrize("content", [b"{broken", b"[]", LFS_POINTER, b"\xff\xfe{\x00}\x00"])
+def test_a_settings_file_that_is_no_json_object_is_named_before_work(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = copy_model("llama", tmp_path / "model")
+    (folder / name).write_bytes(content)
+    out = str(tmp_path / "out")
+    with pytest.raises(ArtifactError, match=f"{name}: (cannot be read as JSON|holds a list)"):
+        models.run_models(models.ModelsParams(model=str(folder), out=out, wandb="disabled"))
+    with pytest.raises(ArtifactError, match=f"{name}: (cannot be read as JSON|holds a list)"):
+        quantization.run_quantization(quantization.QuantizationParams(model=str(folder), out=out, wandb="disabled"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "training.json", "adapter_model.bin"])
+def test_an_adapters_file_that_cannot_be_read_is_named_before_work(name: str, tmp_path: Path) -> None:
+    import torch
+
+    adapter = write_adapter("tiny:llama", tmp_path / "adapter", adapter_config("rslora"))
+    if name.endswith(".bin"):
+        (adapter / "adapter_model.safetensors").unlink()
+        torch.save(torch.nn.Linear(2, 2), adapter / name)
+    else:
+        (adapter / name).write_text("{broken")
+    cfg = merging.MergingParams(adapter=str(adapter), out=str(tmp_path / "out"), wandb="disabled")
+    with pytest.raises(ArtifactError, match=f"{name}: (cannot be read as JSON|is damaged, or a pickle)"):
+        merging.run_merging(cfg)
+    with pytest.raises(ArtifactError):
+        models.load_model(adapter)
+
+
 @pytest.mark.parametrize("targets", [["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ["mlp.gate.weight"]])
 def test_an_adapter_on_experts_merges_to_its_live_answers(targets: list[str], tmp_path: Path) -> None:
     import peft
