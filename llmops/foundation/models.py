@@ -150,7 +150,8 @@ def open_pretrained(
     try:
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(str(folder), **told, **arguments)
     except (pickle.UnpicklingError, EOFError, SafetensorError) as e:
-        raise ArtifactError(f"{relative_path(path)}: its weights cannot be read ({str(e)[:60]}...): the file is damaged, "
+        raise ArtifactError(f"{relative_path(path)}: its weights cannot be read ({str(e)[:60]}...): "
+                            "the file is damaged, "
                             "or a pickle of more than tensors, which is not opened because it may run code. "
                             "Copy it again, or save the model as safetensors") from None
     check_loaded(path, info)  # what transformers would ignore is an error here
