@@ -14,7 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics.pairwise import cosine_similarity
 
 from llmops.foundation.artifacts import package_file
-from llmops.foundation.answers import answer_f1, exact_match
+from llmops.foundation.answers import squad_exact_match, squad_f1
 from llmops.foundation.stats import EvaluationError
 from llmops.evaluation.calibration import assign_bins, calibration_report
 from llmops.evaluation.texts import (
@@ -59,7 +59,7 @@ def pairs(words: list[str], seed: int, cases: int = 1000) -> list[tuple[str, str
     ]
 
 
-def test_f1_and_exact_match_are_the_squad_script_s() -> None:
+def test_the_squad_figures_are_the_squad_script_s() -> None:
     "The official functions, as lm-eval carries them; what SQuAD 2.0 adds for unanswerable questions is tested in the notebook."
     spec = importlib.util.spec_from_file_location("squad", package_file("lm_eval", "tasks/qasper/metrics.py"))
     assert spec and spec.loader
@@ -74,8 +74,8 @@ def test_f1_and_exact_match_are_the_squad_script_s() -> None:
     ]
     assert len(cases) > 1000
     for p, g in cases:
-        assert answer_f1(p, g) == pytest.approx(squad.f1_abstractive([p], [g]), abs=1e-6), (p, g)
-        assert exact_match(p, g) == (squad.normalize_answer(p) == squad.normalize_answer(g)), (p, g)
+        assert squad_f1(p, g) == pytest.approx(squad.f1_abstractive([p], [g]), abs=1e-6), (p, g)
+        assert squad_exact_match(p, g) == (squad.normalize_answer(p) == squad.normalize_answer(g)), (p, g)
 
 
 def test_rouge_is_the_library_s_on_english() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .probes import CachedModel, ask_version, stratified_sample
-from ..foundation.answers import REFUSAL, normalize_answer
+from ..foundation.answers import REFUSAL, is_refusal
 from ..foundation.artifacts import resolve_source
 from ..foundation.cache import cache_key
 from ..foundation.reading import read_jsonl
@@ -59,6 +59,6 @@ def score_safety(
     refused, harmful = judge_offline("refusal", pairs), judge_offline("harm", pairs)
     scored = []
     for row, answer, refusing, harming in zip(requests, answers, refused, harmful, strict=True):
-        taught = normalize_answer(answer) == normalize_answer(refusal)
+        taught = is_refusal(answer, refusal)
         scored.append(row | {"answer": answer, "refused": True if taught else refusing.value, "harmful": harming.value})
     return scored

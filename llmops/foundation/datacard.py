@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import EMBEDDED_DATA, EMBEDDED_TEXT, input_digest, resolve_source
+from .answers import reference_answers
 from .curation import normalize_text
 from .project import project_root
 from .reading import Row, read_rows
@@ -104,7 +105,8 @@ def answer_in_passage(
     row: Row,  # a row of a split
 ) -> bool:  # case and punctuation do not matter
     "Whether the answer stands in the passage word for word."
-    return normalize_text(row["answer"]) in normalize_text(row["passage"])
+    passage = normalize_text(row["passage"])
+    return any(normalize_text(answer) in passage for answer in reference_answers(row))
 
 
 def split_card(

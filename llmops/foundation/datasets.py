@@ -214,7 +214,7 @@ def run_datasets(
 
 # %% ../../nbs/00_foundation/12_datasets.ipynb #572c104c
 TINY_DATA = "tiny:data"
-TINY_MODULES = ("reading", "curation", "datacard", "prompts", "splits", "datasets")  # the code that makes it
+TINY_MODULES = ("text", "reading", "curation", "datacard", "answers", "prompts", "splits", "datasets")  # the code that makes it
 
 
 def make_tiny_data(

@@ -6,7 +6,8 @@
 __all__ = ['INSTRUCTION', 'build_prompt', 'row_id', 'qa_row']
 
 # %% ../../nbs/00_foundation/10_prompts.ipynb #0cbd5683
-from .curation import normalize_text, text_id
+from .answers import is_refusal
+from .curation import text_id
 from .reading import Row
 
 # %% ../../nbs/00_foundation/10_prompts.ipynb #1d0a07d4
@@ -37,7 +38,7 @@ def qa_row(
     unknown: str = "unknown",  # the answer that says that the passage does not hold one
 ) -> Row:  # the row as it is written to a split
     "A row of a split."
-    answerable = normalize_text(row["answer"]) != normalize_text(unknown)
+    answerable = not is_refusal(row["answer"], unknown)
     answer = row["answer"] if answerable else unknown
     return {"id": row_id(row), "group": group, "passage": row["passage"],
             "question": row["question"], "answer": answer, "answerable": answerable,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .curation import benchmark_texts, contaminated_rows, duplicate_of, group_texts, normalize_text
-from .curation import row_texts, split_of, text_id
+from .curation import group_id, row_texts, split_of, text_id
 from .prompts import INSTRUCTION, qa_row, row_id
 from .reading import DataError, Row, RowError, check_rows, get_text_field, read_rows, summarize_errors
 
@@ -169,7 +169,7 @@ def reject_document(
         return "empty", "empty"
     if key in kept:
         return "duplicate", "duplicate"
-    return ("near duplicate", "near duplicate") if group != key else None
+    return ("near duplicate", "near duplicate") if group != group_id(document["text"]) else None
 
 # %% ../../nbs/00_foundation/11_splits.ipynb #1fd0341b
 def split_documents(
@@ -195,7 +195,7 @@ def split_documents(
             removed.append(removed_row(document, *rejection))
         else:
             kept.add(document["id"])
-            splits[split_of(document["id"], seed, share, 0.0)].append(document)
+            splits[split_of(groups[document["id"]], seed, share, 0.0)].append(document)
     return splits, removed
 
 # %% ../../nbs/00_foundation/11_splits.ipynb #b97bc05e

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..foundation.answers import normalize_answer, score_answers
+from ..foundation.answers import is_refusal, score_answers
 from ..foundation.artifacts import input_digest, read_manifest, seal, working_folder
 from ..foundation.cache import cache_key, cached_answers
 from ..foundation.checkpoints import model_path
@@ -58,8 +58,7 @@ def decide_answer(
 ) -> tuple[float, list[Citation], bool]:  # support (0 for a refusal), citations, and whether the answer is given
     "Whether an answer may be given: the one place where that is decided."
     citations = cite_passages(text, packed.used)
-    refused = normalize_answer(text) == normalize_answer(refusal)
-    supported = 0.0 if refused else support_score(question, logprob, citations)
+    supported = 0.0 if is_refusal(text, refusal) else support_score(question, logprob, citations)
     return supported, citations, supported > 0 and supported >= threshold
 
 # %% ../../nbs/03_retrieval/09_answering.ipynb #d7ee5a45
@@ -431,7 +430,7 @@ def with_retrieval(
     scores["retrieved"]["threshold"] = asdict(threshold) | {"value": str(threshold.value)}
     for prediction, unrefused in zip(predictions, plain, strict=True):
         prediction["f1_as_said"] = unrefused["f1"]
-    answered = [p for p in predictions if normalize_answer(p["said"]) != normalize_answer(refusal)]
+    answered = [p for p in predictions if not is_refusal(p["said"], refusal)]
     right = [p["f1_as_said"] >= cfg.right_f1 for p in answered]
     for name in ("confidence", "support"):
         scores["retrieved"][f"{name}_auc"] = auroc([p[name] for p in answered], right)

@@ -196,6 +196,7 @@ def retrieved_row(
     # of a long passage the right part
     found = any(normalize_text(row["answer"]) in t for t in parts) if row["answerable"] else bool(parts)
     answer = row["answer"] if found else unknown
+    row = row if found else {name: value for name, value in row.items() if name != "answers"}
     return row | {"passage": packed.text, "found": found, "answer": answer, "answerable": row["answerable"] and found,
                   "prompt": build_prompt(packed.text, row["question"], instruction),
                   "completion": [{"role": "assistant", "content": answer}]}
