@@ -57,7 +57,7 @@ test: $(READY) browser  ## run every check: notebooks, library, lint, types, doc
 	nbdev_test --n_workers 2
 	python -m llmops.tools.site build
 	python -m llmops.tools.site check
-	python -m pytest -q --durations=10 tests
+	python -m pytest -q tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=.
