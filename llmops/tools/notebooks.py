@@ -115,7 +115,7 @@ def feeding_runs(
 KEPT = ("text/plain", "text/html", "text/markdown", "text/latex", "image/svg+xml", "image/png")
 LARGEST = 200_000  # characters of one output
 
-BANNER = re.compile(r"^INFO +LogBar: .*\n?", re.M)  # gptqmodel prints it when it is imported
+BANNER = re.compile(r"^(INFO +LogBar: |\[INFO\] Running in WANDB ).*\n?", re.M)  # printed on import
 TEMPORARY = re.compile(rf"{re.escape(tempfile.gettempdir())}/tmp\w{{8}}/")  # another one in every run
 
 
