@@ -10,9 +10,10 @@ __all__ = ['RIGHT', 'REFUSED', 'HUNG', 'LOST', 'UNTRUE', 'CRASHED', 'COUNTS', 'F
            'check_rows_kept', 'pairs_of', 'use_data', 'data_case', 'encoded_data', 'named_data', 'alike_rows',
            'odd_data', 'use_documents', 'document_case', 'pdf_bytes', 'mail_bytes', 'text_documents', 'page_documents',
            'use_links', 'copy_tiny', 'model_logits', 'check_logits', 'write_adapter', 'adapter_config',
-           'merge_made_elsewhere', 'merge_cases', 'quantize', 'use_pickled', 'use_second_weights', 'use_without_tensor',
-           'use_more_tokens', 'use_named_templates', 'use_experts', 'use_markup', 'folder_cases', 'send_request',
-           'request_cases', 'leaver_outcomes', 'try_server', 'import_heavy', 'input_cases', 'try_inputs']
+           'merge_made_elsewhere', 'merge_cases', 'import_model', 'quantize', 'use_pickled', 'use_second_weights',
+           'use_without_tensor', 'use_more_tokens', 'use_named_templates', 'use_experts', 'use_markup', 'folder_cases',
+           'send_request', 'request_cases', 'leaver_outcomes', 'try_server', 'import_heavy', 'input_cases',
+           'try_inputs']
 
 # %% ../../nbs/11_studies/09_faults.ipynb #acc7a9ed
 import csv
@@ -550,6 +551,15 @@ def merge_cases() -> list[Case]:
     return [*cases, Case("models", "prompt tuning, which cannot be merged", REFUSED, prompts, "PROMPT_TUNING")]
 
 # %% ../../nbs/11_studies/09_faults.ipynb #0d45d705
+def import_model(
+    model: Path,  # a model folder
+    out: Path,  # where to write
+) -> Path:  # the working folder
+    "Bring a model in, as the base stage does."
+    from llmops.foundation.models import ModelsParams, run_models
+    return run_models(ModelsParams(model=str(model), out=str(out), wandb="disabled")).work
+
+
 def quantize(
     model: Path,  # a model folder
     out: Path,  # where to write
@@ -575,7 +585,7 @@ def use_pickled(
 ) -> None:
     "A folder with `pytorch_model.bin` alone."
     import torch
-    from llmops.foundation.models import ModelsParams, load_model, run_models
+    from llmops.foundation.models import load_model
     from llmops.foundation.weights import load_tensors
     model = copy_tiny(folder / "model")
     wanted = model_logits(*load_model(model, dtype="float32"))
@@ -583,7 +593,7 @@ def use_pickled(
     (model / "model.safetensors").unlink()
     if not imported:
         return quantize(model, folder / "out")
-    check_logits(run_models(ModelsParams(model=str(model), out=str(folder / "out"), wandb="disabled")).work, wanted)
+    check_logits(import_model(model, folder / "out"), wanted)
 
 
 def use_second_weights(
@@ -606,12 +616,11 @@ def use_without_tensor(
 ) -> None:
     "A model without one of its tensors."
     from safetensors.torch import save_file
-    from llmops.foundation.models import ModelsParams, run_models
     from llmops.foundation.weights import load_tensors
     model = copy_tiny(folder / "model")
     tensors = {key: tensor for key, tensor in load_tensors(model).items() if key != name}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    run_models(ModelsParams(model=str(model), out=str(folder / "out"), wandb="disabled"))
+    import_model(model, folder / "out")
     raise Untrue(f"a model without {name} was imported")
 
 
@@ -619,12 +628,12 @@ def use_more_tokens(
     folder: Path,  # empty
 ) -> None:
     "A tokenizer that knows tokens for which the embedding has no vector."
-    from llmops.foundation.models import ModelsParams, load_tokenizer, run_models
+    from llmops.foundation.models import load_tokenizer
     model = copy_tiny(folder / "model")
     tokenizer = load_tokenizer(model)
     tokenizer.add_tokens(["<cite>", "</cite>"])
     tokenizer.save_pretrained(str(model))
-    run_models(ModelsParams(model=str(model), out=str(folder / "out"), wandb="disabled"))
+    import_model(model, folder / "out")
     raise Untrue("a model was imported whose tokenizer is larger than its embedding")
 
 
@@ -632,14 +641,14 @@ def use_named_templates(
     folder: Path,  # empty
 ) -> None:
     "Named chat templates, of which none is the default."
-    from llmops.foundation.models import ModelsParams, load_tokenizer, run_models
+    from llmops.foundation.models import load_tokenizer
     model = copy_tiny(folder / "model")
     template = load_tokenizer(model).chat_template
     (model / "chat_template.jinja").unlink(missing_ok=True)
     config_file = model / "tokenizer_config.json"
     templates = [{"name": name, "template": template} for name in ("rag", "tool_use")]
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"chat_template": templates}))
-    run_models(ModelsParams(model=str(model), out=str(folder / "out"), wandb="disabled"))
+    import_model(model, folder / "out")
     raise Untrue("a model was imported that has no chat template to use")
 
 # %% ../../nbs/11_studies/09_faults.ipynb #4cf8f42b
