@@ -29,25 +29,19 @@ $(VENV)/.installed: requirements/lock.txt requirements/carriers.txt requirements
 	@$(call install,main,$(VENV))
 
 $(READY): $(VENV)/.installed
-	@$(if $(shell cat $(VENV)/failed.txt 2>/dev/null),$(error $(shell cat $(VENV)/failed.txt)))touch $@
+	@$(if $(shell cat $(VENV)/failed.txt 2>/dev/null),$(error $(shell cat $(VENV)/failed.txt)))llmops setup && touch $@
 
-run: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 run: $(READY)  ## run the pipeline and show the leaderboard
-	python -m llmops.tools.warm sh -c 'dvc repro evaluate@qlora-merged-base && dvc repro leaderboard serving'  # the first tuned row comes first
-	@python -m llmops.decision.leaderboard show
+	@llmops run
 
-rag: export LLMOPS_GROUP := $(shell date -u +%Y%m%d-%H%M%S)
 rag: $(READY)  ## index two corpora, tune on found passages, and answer with evidence
-	python -m llmops.tools.warm dvc repro answering retrieval-bank
-	@python -m llmops.retrieval.answering runs/answering
+	@llmops rag
 
 gate: $(READY)  ## may the new version replace the one in service? ship, hold or reject
-	dvc repro gate
-	@python -m llmops.decision.gate runs/gate
+	@llmops gate
 
 people: $(READY)  ## have people rate answers in the browser; prints a link for each rater
-	papermill --engine llmops nbs/05_judging/14_human.ipynb runs/human/notebook.ipynb -f params/human.yaml
-	python -m llmops.judging.human serve runs/human
+	@llmops people
 
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.tools.notebooks check
@@ -60,12 +54,10 @@ test: $(READY) browser  ## run every check: notebooks, library, lint, types, doc
 	python -m pytest -q tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks
-	jupyter lab --ServerApp.ip=127.0.0.1 --notebook-dir=.
+	@llmops lab
 
 docs: $(READY)  ## build the documentation site and serve it on 127.0.0.1
-	python -m llmops.tools.site build
-	python -m llmops.tools.site check
-	python -m llmops.tools.site serve
+	@llmops docs
 
 interop: $(READY) $(AGQ)/.ready  ## does AutoGPTQ 0.7.1 read our checkpoint? GPTQ=runs/...
 	python tests/interop_auto_gptq.py $(GPTQ) --python $(AGQ)/bin/python
@@ -77,10 +69,10 @@ $(AGQ)/.ready: $(AGQ)/.installed
 	@$(if $(shell cat $(AGQ)/failed.txt 2>/dev/null),$(error $(shell cat $(AGQ)/failed.txt)))touch $@
 
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
-	python -m llmops.deployment.serving runs/serving --port $(PORT)
+	@llmops serve --port $(PORT)
 
 seeds: $(READY)  ## two more seeds of the rows that the conclusion rests on (half an hour)
-	python -m llmops.tools.warm dvc repro params/seeds/dvc.yaml
+	llmops run params/seeds/dvc.yaml
 	python -m llmops.studies.seeds runs/evaluation runs/seeds/43/evaluation runs/seeds/44/evaluation
 
 results: $(READY)  ## keep the last run's figures in the notebooks, the README and the site
@@ -90,6 +82,7 @@ results: $(READY)  ## keep the last run's figures in the notebooks, the README a
 	@test ! -f runs/seeds/spread.md || for f in md json; do cp runs/seeds/spread.$$f nbs/results/seeds.$$f; done
 	@test ! -f runs/answering/scores.json || python -m llmops.retrieval.answering report nbs/results/rag.md
 	python -m llmops.studies.lifecycle
+	llmops show
 	python -m llmops.tools.site readme
 
 browser:  # the browser that the tests drive
@@ -100,5 +93,5 @@ browser:  # the browser that the tests drive
 lock:  ## resolve requirements/*.in again into requirements/lock.txt and auto-gptq.txt
 	@'$(PYTHON)' requirements/install.py lock
 
-clean:  ## remove what runs and builds left, keep the environment
-	rm -rf runs _docs _proc build dist
+clean:  ## remove what runs and builds left; votes, history, keys and feedback stay
+	@if command -v llmops >/dev/null; then llmops clean; else rm -rf _docs _proc build dist; fi

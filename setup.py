@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
+EXTRAS = "training gptq rag evaluation serving tracking lab dev all".split()
+
+
+def words(name: str) -> list[str]:
+    "The packages that a setting names, each once."
+    return list(dict.fromkeys(cfg[name].split()))
+
 
 setup(
     name=cfg["lib_name"],
@@ -17,14 +24,18 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={"Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+                  "Documentation": f"{cfg['doc_host']}{cfg['doc_baseurl']}", "Issues": f"{cfg['git_url']}/issues"},
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    classifiers=["Development Status :: 3 - Alpha", "Programming Language :: Python :: 3.11"],
+    classifiers=["Development Status :: 3 - Alpha", "Operating System :: POSIX :: Linux", "Typing :: Typed",
+                 *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13))],
     packages=find_packages(include=["llmops", "llmops.*"]),
-    python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    package_data={"llmops": ["py.typed"]},
+    install_requires=words("requirements"),
+    extras_require={extra: words(f"{extra}_requirements") for extra in EXTRAS},
     entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
         "jupyter_client.kernel_provisioners": ["llmops-warm=llmops.tools.warm:WarmProvisioner"],
         "papermill.engine": ["llmops=llmops.tools.batch:LibraryEngine"],

@@ -48,9 +48,7 @@ def theirs(model: str, texts: list[str], max_length: int) -> float:
     config = json.loads(Path(model, "config.json").read_text())
     for name in ("rope_theta", "torch_dtype"):
         if name not in config:  # transformers 4 would take its own default for it and compute something else
-            sys.exit(
-                f"{model}/config.json: no {name}; AutoGPTQ's transformers needs it beside transformers 5's names"
-            )
+            sys.exit(f"{model}/config.json: no {name}; AutoGPTQ's transformers needs it beside transformers 5's names")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     loaded = AutoGPTQForCausalLM.from_quantized(
         model,

@@ -42,7 +42,7 @@ def followed(project: Path, blocks: list[tuple[str, str]]) -> Path:
     (project / file.removeprefix("# ")).write_text(text)
     file, _, text = entry.partition("\n")
     pipeline = project / file.removeprefix("# ")
-    pipeline.write_text(pipeline.read_text().replace("\nmetrics:", f"{text}\nmetrics:", 1))
+    pipeline.write_text(pipeline.read_text() + text)
     must(run(project, "bash", "-euc", last))
     return project
 
@@ -63,12 +63,12 @@ def test_the_stage_ran_in_the_pipeline(followed: Path) -> None:
 
 
 def test_commands_wrote_what_follows_from_the_stage(followed: Path) -> None:
-    entry = (followed / "dvc.yaml").read_text().partition("\n  lengths:\n")[2].partition("\nmetrics:")[0]
+    entry = (followed / "dvc.yaml").read_text().partition("\n  lengths:\n")[2]
     assert re.findall(r"- (\S+)", entry) == [
         "llmops/foundation",
         "llmops/evaluation/lengths.py",
-        "params/lengths.yaml",
         "runs/data/digest.txt",
+        "params/lengths.yaml:",
         "runs/lengths",
     ]
     assert must(run(followed, sys.executable, "-m", "llmops.tools.pipeline", "deps", "--check"))

@@ -251,7 +251,8 @@ def test_a_system_turn_that_a_template_refuses_opens_the_users(strict_tokenizer)
 
 # --- llama.cpp's side -------------------------------------------------------------------------------------------------
 
-ANSWER = b'{"choices":[]}'
+PART = b'data: {"choices":[{"index":0,"delta":{"content":"Hello"},"finish_reason":null}]}\n\n'
+END = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 NO_CONTROLS = make_control_tokens([], None, "")
 
 
@@ -261,18 +262,25 @@ class Upstream:
     def __init__(self, folder: Path) -> None:
         self.listening_address, self.asked, self.open = f"unix://{folder / 'up.sock'}", 0, 0
         self.does = "answer"  # hang: send nothing; stream: send a piece, and no more; break: a piece, and close
+        self.words = b"Hello"  # of a piece
+        self.pieces, self.counted, self.reason = 1, 1, b"stop"  # of an answer
+        self.sent: list[dict[str, Any]] = []  # what was asked of it
 
     async def respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line.split(b":")[1]) for line in head.splitlines() if line.lower().startswith(b"content-l"))
-        await reader.readexactly(length)
+        self.sent.append(json.loads(await reader.readexactly(length)))
         self.asked += 1
+        part = PART.replace(b"Hello", self.words)
         if self.does in ("stream", "break"):
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ndata: 1\r\n")
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(head + b"%x\r\n%b\r\n" % (len(part), part))
         if self.does in ("hang", "stream"):
             await reader.read()  # until the gateway closes the connection
         if self.does == "answer":
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER)
+            counted = b', "timings": {"cache_n": 0, "prompt_n": 5, "predicted_n": %d}}' % self.counted
+            answer = part.replace(b"]}", b"]" + counted) * self.pieces + END.replace(b"stop", self.reason)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer)
         await writer.drain()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -317,7 +325,7 @@ def test_a_connection_to_llamacpp_is_used_once(tmp_path):
             app = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1))
             for n in range(40):
                 sent = await ask(app, HELLO | {"stream": n % 2 == 0}, asyncio.Event())
-                assert sent[0]["status"] == 200 and b"".join(part.get("body", b"") for part in sent) == ANSWER
+                assert sent[0]["status"] == 200 and b"Hello" in b"".join(part.get("body", b"") for part in sent)
             assert up.asked == 40
 
     asyncio.run(main())
@@ -353,7 +361,66 @@ def test_a_llamacpp_that_ends_in_a_stream_is_told(tmp_path):
             app = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1))
             sent = await ask(app, HELLO | {"stream": True}, asyncio.Event())
             body = b"".join(part.get("body", b"") for part in sent)
-            assert body.startswith(b"data: 1\n\ndata: ") and b"llama.cpp broke off" in body
+            first, told, *rest = body.decode().split("\n\n")
+            assert "Hello" in first and "llama.cpp broke off" in told and rest == [""]
+
+    asyncio.run(main())
+
+
+# --- answers that end -------------------------------------------------------------------------------------------------
+
+
+def answered(sent: list[dict[str, Any]], stream: bool) -> list[dict[str, Any]]:
+    "The parts of an answer as its client reads them; one for a plain answer."
+    body = b"".join(part.get("body", b"") for part in sent).decode()
+    if not stream:
+        return [json.loads(body)]
+    *events, done = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
+    assert done == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_llamacpp_is_stopped_when_it_repeats_itself(tmp_path, stream):
+    async def main():
+        async with upstream(tmp_path) as up:
+            up.words, up.pieces = b"the same words ", 400
+            app = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1))
+            parts = answered(await ask(app, HELLO | {"stream": stream}, asyncio.Event()), stream)
+            last = [part for part in parts if part["choices"]][-1]
+            assert last["choices"][0]["finish_reason"] == "length" and last["llmops"] == {"stopped": "repetition"}
+            said = [choice["delta" if stream else "message"] for part in parts for choice in part["choices"]]
+            text = "".join(words.get("content") or "" for words in said)
+            assert set(text.split()) == {"the", "same", "words"} and 200 < len(text) < 300
+            assert up.sent[0]["max_tokens"] == 256
+            await until(lambda: not up.open)
+
+    asyncio.run(main())
+
+
+def test_the_servers_own_length_is_told(tmp_path):
+    "llama.cpp counts in the parts of an answer, and not in its last one."
+
+    async def main():
+        async with upstream(tmp_path) as up:
+            up.words, up.counted, up.reason = b"words", 256, b"length"
+            app = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1))
+            for own, told in (({}, {"stopped": "default_max_tokens"}), ({"max_tokens": 256}, None)):
+                [answer] = answered(await ask(app, HELLO | own, asyncio.Event()), False)
+                assert answer["choices"][0]["finish_reason"] == "length" and answer.get("llmops") == told
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("own", [{"max_tokens": 900}, {"max_completion_tokens": 900}, {"ignore_eos": True}])
+def test_a_clients_own_limit_is_kept(tmp_path, own):
+    async def main():
+        async with upstream(tmp_path) as up:
+            app = create_app(ABOUT, LlamaCppEngine(up, NO_CONTROLS, slots=1))
+            up.words, up.pieces = b"the same words ", 400
+            [answer] = answered(await ask(app, HELLO | own, asyncio.Event()), False)
+            assert up.sent[0]["max_tokens"] == (900 if "ignore_eos" not in own else 256)
+            assert ("llmops" in answer) == ("ignore_eos" not in own)  # who wants a length is not stopped
 
     asyncio.run(main())
 

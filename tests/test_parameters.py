@@ -136,7 +136,7 @@ def test_every_parameter_is_read(stage: StageNotebook, tmp_path: Path) -> None:
     assert not known - seen, f"{sorted(known - seen)}: nobody reads them"
 
 
-@pytest.mark.parametrize("profile", ["params", "params/smoke", "params/gpu"])
+@pytest.mark.parametrize("profile", ["params", "params/smoke", "params/gpu", "params/classification"])
 def test_the_parameter_files_fit(profile: str) -> None:
     notebooks = {s.path: s for s in STAGES}
     for stage in read_stages(ROOT / "dvc.yaml"):

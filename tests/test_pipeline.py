@@ -129,11 +129,15 @@ def test_one_parameter_reruns_what_depends_on_it(smoke: Path) -> None:
 
 
 def test_dvc_shows_the_headline(smoke: Path) -> None:
+    "A dozen figures at most, in files that git keeps."
     done = subprocess.run(
         ["dvc", "metrics", "show", "--json"], cwd=smoke, env=copy_env(smoke), capture_output=True, text=True
     )
-    shown = json.loads(done.stdout)[""]["data"]["runs/leaderboard/headline.json"]["data"]
-    assert set(shown) == set(VERSIONS) and all(0 <= v["f1"] <= 1 for v in shown.values())
+    shown = {Path(file).stem: about["data"] for file, about in json.loads(done.stdout)[""]["data"].items()}
+    assert set(shown) == {"leaderboard", "gate", "serving", "retrieval", "answering"}
+    assert shown["leaderboard"]["winner"] in VERSIONS and shown["gate"]["verdict"] in ("ship", "hold", "reject")
+    figures = [value for of_stage in shown.values() for value in of_stage.values() if not isinstance(value, str)]
+    assert 8 <= len(figures) <= 12 and all(value is not None for value in figures)
 
 
 def test_two_runs_give_the_same_digests(smoke: Path) -> None:

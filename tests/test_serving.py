@@ -269,6 +269,25 @@ def test_sampling_stop_and_parts(server):
     )
 
 
+def test_an_answer_ends_when_nobody_says_where(server):
+    client, made, *_ = server
+    assert client.models.list().data[0].limits == made.about["limits"]
+    for ask, most in (({"temperature": 1.5, "seed": 1}, 256), ({}, 256), ({"max_tokens": 700}, 700)):
+        ask = {"model": made.about["model"], "messages": HELLO} | ask
+        plain = client.chat.completions.create(**ask)
+        parts = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+        assert 0 < plain.usage.completion_tokens <= most
+        assert parts[-1].usage == plain.usage
+        last, reason = [p for p in parts if p.choices][-1], plain.choices[0].finish_reason
+        assert last.choices[0].finish_reason == reason
+        told = (plain.model_extra or {}).get("llmops")
+        assert (last.model_extra or {}).get("llmops") == told
+        if reason == "length" and plain.usage.completion_tokens < most:
+            assert told == {"stopped": "repetition"}
+        elif "max_tokens" not in ask and plain.usage.completion_tokens == most:
+            assert told in ({"stopped": "default_max_tokens"}, {"stopped": "repetition"})
+
+
 @pytest.mark.parametrize(
     "wrong, error, says",
     [

@@ -17,14 +17,13 @@ from llmops.foundation.artifacts import package_file
 from llmops.foundation.answers import squad_exact_match, squad_f1
 from llmops.foundation.stats import EvaluationError
 from llmops.evaluation.calibration import assign_bins, calibration_report
+from llmops.foundation.textscores import rouge_scores, sentence_chrf
 from llmops.evaluation.texts import (
     corpus_scores,
     cosine_similarities,
     perplexity_scores,
-    rouge_scores,
     score_texts,
     sentence_bleu,
-    sentence_chrf,
 )
 
 ENGLISH = [

@@ -11,12 +11,13 @@ __all__ = ['KIND', 'MAMBA_TYPES', 'CURVES', 'FinetuningParams', 'FinetuningInput
            'save_adapter', 'training_history', 'summarize_training', 'FinetuningResult', 'encode_examples',
            'run_finetuning']
 
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #69d2d6be
+# %% ../../nbs/02_adaptation/01_finetuning.ipynb #c5bf6407
 import json
 import math
 import random
 import shutil
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -36,8 +37,10 @@ from ..foundation.generation import context_length, encode_completion, encode_pr
 from ..foundation.models import default_dtype, load_model
 from ..foundation.project import (
     ParamError, from_cell, relative_path, resolve_path, seed_everything, stage_params)
+from ..foundation.prompts import DEFAULT_TASK
 from ..foundation.report import write_json
 from ..foundation.saving import save_model, save_tokenizer
+from ..foundation.tasks import read_asked
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..retrieval.grounding import retrieved_rows
 
@@ -103,8 +106,11 @@ class FinetuningInputs:
 def resolve_inputs(
     cfg: FinetuningParams,  # model, data, retrieved
 ) -> FinetuningInputs:  # a Hub id and a package's file stay such in `base_ref` and `roles`
-    "Find the base, the dataset and the passages."
+    "Find the base, the dataset and the passages. Raises `ParamError` for a task that takes no found passages."
     base, data = model_path(cfg.model), dataset_path(cfg.data)
+    if cfg.retrieved and (task := read_asked(data).task.name) != DEFAULT_TASK:
+        raise ParamError(f"retrieved: {cfg.data} is a dataset of {task}; found passages answer questions, so only a "
+                         f"dataset of {DEFAULT_TASK} can be trained on them")
     roles: dict[str, str | Path] = {"model": base if cfg.model.startswith("tiny:") else cfg.model, "data": data}
     if cfg.retrieved:
         roles["retrieved"] = cfg.retrieved
@@ -328,9 +334,10 @@ def training_arguments(
         learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=round(cfg.warmup * steps),
         weight_decay=cfg.weight_decay, optim=cfg.optimizer, max_grad_norm=1.0, seed=cfg.seed, data_seed=cfg.seed,
         bf16=dtype == "bfloat16", fp16=dtype == "float16", use_cpu=not gpu,
-        gradient_checkpointing=cfg.gradient_checkpointing, train_sampling_strategy="group_by_length", max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, logging_nan_inf_filter=False, report_to="none",
-        disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=gpu, **evaluation_arguments(cfg, evaluate))
+        activation_checkpointing=cfg.gradient_checkpointing, train_sampling_strategy="group_by_length",
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, logging_nan_inf_filter=False,
+        report_to="none", disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=gpu,
+        **evaluation_arguments(cfg, evaluate))
 
 # %% ../../nbs/02_adaptation/01_finetuning.ipynb #bcb2f68c
 def grouped_sampler(
@@ -394,9 +401,12 @@ def make_trainer(
     from transformers import PrinterCallback
     Trainer = trainer_class([len(example["input_ids"]) for example in train], cfg)
     args = training_arguments(cfg, total_steps(cfg, len(train)), bool(valid), folder)
-    trainer = Trainer(
-        model=opened.model, args=args, processing_class=opened.tokenizer, peft_config=opened.lora, callbacks=callbacks,
-        train_dataset=Dataset.from_list(train), eval_dataset=Dataset.from_list(valid) if valid else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT still reads it
+        trainer = Trainer(
+            model=opened.model, args=args, processing_class=opened.tokenizer, peft_config=opened.lora,
+            callbacks=callbacks, train_dataset=Dataset.from_list(train),
+            eval_dataset=Dataset.from_list(valid) if valid else None)
     trainer.model_accepts_loss_kwargs = True  # `label_loss` divides by the labels of the whole batch
     trainer.remove_callback(PrinterCallback)  # it prints every step
     for parameter in trainer.model.parameters():  # TRL makes a QLoRA adapter bfloat16, which loses small updates

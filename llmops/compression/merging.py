@@ -8,7 +8,7 @@ __all__ = ['NO_4BIT', 'ADDITIVE', 'MERGEABLE', 'VIRTUAL_TOKENS', 'TOLERANCE', 'K
            'is_adapted', 'untie_modules', 'tie_embeddings', 'merge_adapter', 'split_module_name', 'error_to_update',
            'layer_ratios', 'quantization_to_update_ratio', 'summarize_ratios', 'max_logprob_difference', 'mean_kl',
            'answer_logprobs', 'MergeError', 'verify_merge', 'MergingParams', 'load_as_trained', 'MergingResult',
-           'resolve_inputs', 'run_merging']
+           'resolve_inputs', 'run_merging', 'describe_prediction']
 
 # %% ../../nbs/07_compression/01_merging.ipynb #ec9f61fe
 import re
@@ -31,7 +31,7 @@ from ..foundation.memory import meta_model
 from ..foundation.models import default_dtype, load_model
 from ..foundation.nf4 import dequantize
 from ..foundation.project import ParamError, from_cell, relative_path, seed_everything, stage_params
-from ..foundation.report import write_json
+from ..foundation.report import show_table, write_json
 from ..foundation.saving import save_model
 from ..foundation.stats import kl_divergence
 from ..foundation.tiny import TINY_ADAPTER
@@ -376,10 +376,12 @@ def run_merging(
     cfg: MergingParams,  # what to merge into what
     log: Run = UNTRACKED,  # where the run is tracked
 ) -> MergingResult:  # the merged model, in a working folder
-    "Merge an adapter, write the model, reopen and check it."
+    "Merge an adapter, write the model, reopen and check it. Raises `ParamError` when there is no row to check it with."
     seed_everything(cfg.seed)
     trained, data = resolve_inputs(cfg)
     rows = read_split(data, "valid")[:cfg.check_rows]
+    if not rows:
+        raise ParamError(f"data: {cfg.data} has no validation rows, so the merge could not be checked")
     with working_folder(cfg.out, cfg) as work:
         model, tokenizer, weights = load_as_trained(trained)
         reference = answer_logprobs(model, tokenizer, rows)
@@ -398,3 +400,21 @@ def run_merging(
     log.summary(metrics)
     log.table("ratio", ratios)
     return MergingResult(work, {"adapter": trained.adapter, "model": trained.base, "data": data}, metrics, ratios)
+
+# %% ../../nbs/07_compression/01_merging.ipynb #3338d697
+def describe_prediction(
+    metrics: dict[str, Any],  # of `MergingResult`
+    quantized: bool,  # was the adapter trained on the base in NF4?
+) -> str:  # one or two sentences
+    "What the ratio of rounding error to update lets one expect of the two merges."
+    above, median = metrics.get("share_above_1"), metrics.get("ratio_median")
+    if above is None or median is None:
+        return "This kind of adapter adds nothing to a weight that could be compared with the rounding error."
+    text = (f"{above:.0%} of the adapted layers have a rounding error bigger than their update; median ratio "
+            f"{median:.2f}.")
+    if not quantized:
+        return f"{text} The adapter was trained on the original base, so that merging into it gives the trained model."
+    if median > 1:
+        return (f"{text} Predicted: merging into the original base gives another model than the trained one (KL far "
+                "from 0), the dequantised base the trained one.")
+    return f"{text} Predicted: both merges are close to the trained model, and the choice matters little."

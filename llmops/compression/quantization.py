@@ -674,9 +674,12 @@ def run_quantization(
     cfg: QuantizationParams,  # the stage's parameters
     log: Run = UNTRACKED,  # where the run is tracked
 ) -> QuantizationResult:  # the working folder with the quantised model in it
-    "Quantise a model, compensate, reopen and check it."
+    "Quantise a model, compensate, reopen and check it. Raises `ParamError` when there is no row to check it with."
     inputs = resolve_inputs(cfg)
     folder, data = Path(inputs["model"]), Path(inputs["data"])
+    rows = read_split(data, "valid")[:cfg.check_rows]
+    if not rows:
+        raise ParamError(f"data: {cfg.data} has no validation rows, so the quantised model could not be checked")
     print(*describe_source(folder, cfg.method), sep="\n")
     import torch  # noqa: F401  # so that the seed reaches it
     seed_everything(cfg.seed)
@@ -686,7 +689,7 @@ def run_quantization(
             quantize_bitsandbytes(folder, work, cfg.method)
         else:
             history = quantize_four_bits(cfg, folder, work, data)
-        metrics = verify_quantized(folder, work, read_split(data, "valid")[: cfg.check_rows], cfg)
+        metrics = verify_quantized(folder, work, rows, cfg)
     for row in history:
         log.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
     log.summary(metrics)

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['Outcome', 'Verdict', 'paired_differences', 'bca_interval', 'mcnemar_test', 'sign_flip_test', 'holm_adjust',
            'detectable_drop', 'required_rows', 'Check', 'CheckOptions', 'worse_p_value', 'check_scores',
-           'decide_outcome', 'decide_outcomes', 'overall_verdict']
+           'check_macro_f1', 'decide_outcome', 'decide_outcomes', 'overall_verdict']
 
-# %% ../../nbs/06_decision/01_comparison.ipynb #6bb4c5e1
+# %% ../../nbs/06_decision/01_comparison.ipynb #887b9610
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from ..foundation.stats import EvaluationError
+from ..foundation.report import count_noun
+from ..foundation.stats import EvaluationError, percentile_bounds
+from ..foundation.textscores import label_cells, macro_f1, resample_macro_f1, swap_macro_f1
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,12 +183,37 @@ def check_scores(
     differences, alpha = paired_differences(better, worse, name), options.alpha
     rows, min_rows = len(differences), max(options.min_rows, 2)
     if rows < min_rows:
-        return Check(name, margin, rows, outcome="too few", note=f"{rows} questions, a verdict needs {min_rows}")
+        note = f"{count_noun(rows, 'question')}, a verdict needs {min_rows}"
+        return Check(name, margin, rows, outcome="too few", note=note)
     low, high = bca_interval(differences, 1 - 2 * alpha, options.seed, options.resamples)
     required = required_rows(differences, margin, alpha, options.power) if margin > 0 else None
     return Check(name, margin, rows, float(np.mean(current)), float(np.mean(candidate)), float(differences.mean()),
                  low, high, worse_p_value(better, worse, options),
                  detectable_drop=detectable_drop(differences, alpha, options.power), required_rows=required)
+
+# %% ../../nbs/06_decision/01_comparison.ipynb #3cba5389
+def check_macro_f1(
+    name: str,  # `macro_f1`, or `macro_f1 on slice`
+    gold: Sequence[str],  # the right label of each question
+    candidate: Sequence[str],  # what the candidate said; "" for no label
+    current: Sequence[str],  # what the version in service said
+    margin: float,  # the largest drop that does not matter, 0 or more
+    options: CheckOptions = CheckOptions(),  # noqa: B008  level, power and so on; it is immutable
+) -> Check:  # everything but what depends on the other checks
+    "Compare how well two versions tell labels apart."
+    from scipy.stats import norm
+    rows, min_rows, alpha = len(gold), max(options.min_rows, 2), options.alpha
+    if rows < min_rows:
+        note = f"{count_noun(rows, 'question')}, a verdict needs {min_rows}"
+        return Check(name, margin, rows, outcome="too few", note=note)
+    new, old, cells = macro_f1(gold, candidate), macro_f1(gold, current), label_cells(gold, candidate, current)
+    resampled = resample_macro_f1(*cells, options.seed, options.resamples)
+    differences, chance = resampled[0] - resampled[1], swap_macro_f1(*cells, options.seed, options.resamples)
+    p = (1 + int((chance <= new - old + 1e-12).sum())) / (1 + len(chance))
+    drop = float((norm.ppf(1 - alpha) + norm.ppf(options.power)) * differences.std(ddof=1))
+    required = math.ceil(rows * (drop / margin) ** 2) if margin > 0 else None
+    return Check(name, margin, rows, old, new, new - old, *percentile_bounds(differences, alpha, 1 - alpha), p,
+                 detectable_drop=drop, required_rows=required)
 
 # %% ../../nbs/06_decision/01_comparison.ipynb #96455cc2
 def decide_outcome(

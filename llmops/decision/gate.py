@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['Margins', 'DEFAULT_MARGINS', 'KIND', 'VOLATILE_FILES', 'EXIT_CODES', 'CASES', 'USAGE', 'check_margins', 'GateParams',
            'GateInputs', 'resolve_inputs', 'add_opinions', 'explain_informing', 'GateResult', 'changed_most',
-           'history_entry', 'headline_values', 'reproducible_checks', 'write_gate', 'check_candidate', 'run_gate',
-           'show_verdict', 'main']
+           'history_entry', 'headline_values', 'reproducible_checks', 'decided_at', 'describe_version', 'report_facts',
+           'make_report', 'write_gate', 'check_candidate', 'run_gate', 'show_verdict', 'main']
 
-# %% ../../nbs/06_decision/06_gate.ipynb #8e040cbb
+# %% ../../nbs/06_decision/06_gate.ipynb #53ddaa82
 import json
+import os
+import platform
 import re
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +22,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .. import __version__
 from .comparison import Check, CheckOptions, Verdict
 from .gate_checks import add_judge_preferences, add_ratings, find_weak_judges, make_checks, slice_ids
 from .gate_history import add_to_history, plot_history
-from .gate_report import decide_verdict, plot_changes, report_page
+from .gate_report import Report, decide_verdict, plot_changes, report_page
+from .gate_summary import next_step, summarize_verdict
 from .regressions import read_cases, remember_case, run_regressions
 from ..evaluation.scores import VersionScores, evaluated_rows, evaluation_path, read_scores
-from ..foundation.artifacts import read_manifest, seal, working_folder
+from ..foundation.artifacts import git_commit, input_digest, read_manifest, seal, working_folder
 from ..foundation.evaluations import Evaluated, check_same_protocol
-from ..foundation.project import from_cell, resolve_path, seed_everything, stage_params
-from ..foundation.report import show_svg, write_json
+from ..foundation.project import from_cell, relative_path, resolve_path, seed_everything, stage_params
+from ..foundation.report import show_svg, show_table, write_json
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..judging.judges import MIN_KAPPA, Endpoint
 
@@ -55,7 +60,7 @@ def check_margins(
         if name.startswith("people ") and not people:
             raise ValueError(f"people: {name} has a margin, so name the rating study")
 
-# %% ../../nbs/06_decision/06_gate.ipynb #14c9bd3c
+# %% ../../nbs/06_decision/06_gate.ipynb #26e59362
 @stage_params
 class GateParams:
     "What the gate may be told."
@@ -73,7 +78,8 @@ class GateParams:
     min_rows: Annotated[int, Field(ge=2)] = 5  # questions that a check needs
     topics: Annotated[int, Field(ge=0)] = 4  # slices by topic
     cases: str = ""  # JSONL of regression cases; "" for none
-    right_f1: Annotated[float, Field(gt=0, le=1)] = 0.5  # word F1 from which on a case passes
+    right_f1: Annotated[float, Field(gt=0, le=1)] = 0.5  # word F1, or the task's first score, that passes a case
+    currency: str = ""  # of the scorecards' `price_per_hour`, such as USD; "" to show costs without one
     history: str = "runs/notebook/history.jsonl"  # every verdict is added here; "" for none
     resamples: Annotated[int, Field(ge=100)] = 999  # bootstrap samples and sign patterns
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # the run's one seed
@@ -126,9 +132,9 @@ def explain_informing(
     "Checks that are shown and do not decide."
     return dict.fromkeys(informs, "the parameters say so") | find_weak_judges(candidate, margins, min_kappa)
 
-# %% ../../nbs/06_decision/06_gate.ipynb #c757c2eb
+# %% ../../nbs/06_decision/06_gate.ipynb #c591e2f4
 KIND = "gate"
-VOLATILE_FILES = ("verdict.json", "report.html", "headline.json")  # they hold measured speed and memory
+VOLATILE_FILES = ("verdict.json", "report.html", "headline.json")  # they hold speed and memory, when and where
 
 
 @dataclass
@@ -137,11 +143,23 @@ class GateResult:
     work: Path  # the working folder: checks.json, verdict.json, report.html, headline.json
     inputs: dict[str, str | Path]  # role -> what was read
     metrics: dict[str, Any]  # figures for the manifest: none beside what the run cost
-    verdict: Verdict  # ship, hold or reject
-    reasons: list[str]  # in words
-    checks: list[Check]  # decided
-    cases: list[dict[str, Any]]  # of `run_regressions`
+    report: Report  # the verdict, in words and figures
     entry: dict[str, Any]  # for the history
+
+    @property
+    def verdict(self) -> Verdict:
+        "Ship, hold or reject."
+        return self.report.verdict
+
+    @property
+    def reasons(self) -> Sequence[str]:
+        "Why, in words."
+        return self.report.reasons
+
+    @property
+    def checks(self) -> Sequence[Check]:
+        "What was compared, decided."
+        return self.report.checks
 
 # %% ../../nbs/06_decision/06_gate.ipynb #68e1fb03
 def changed_most(
@@ -149,12 +167,12 @@ def changed_most(
     current: Evaluated,  # the version in service
     number: int = 10,  # of questions
 ) -> list[dict[str, Any]]:  # question, gold, current, candidate, change; the losses first
-    "Questions whose F1 changed most."
-    changes = []
+    "Questions whose score (F1, or what decides in the task) changed most."
+    changes, score = [], candidate.task.headline
     for new, old in zip(candidate.predictions, current.predictions, strict=True):
-        if new["f1"] != old["f1"]:
+        if new[score] != old[score]:
             changes.append({"question": new["question"], "gold": new["gold"], "current": old["prediction"],
-                            "candidate": new["prediction"], "change": new["f1"] - old["f1"]})
+                            "candidate": new["prediction"], "change": new[score] - old[score]})
     return sorted(changes, key=lambda change: change["change"])[:number]
 
 # %% ../../nbs/06_decision/06_gate.ipynb #0118a042
@@ -197,23 +215,63 @@ def reproducible_checks(
             rows.append(row)
     return rows
 
-# %% ../../nbs/06_decision/06_gate.ipynb #959c1898
+# %% ../../nbs/06_decision/06_gate.ipynb #4be297d6
+def decided_at() -> str:  # such as 2026-11-22 18:47 UTC
+    "The time of a verdict."
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+
+
+def describe_version(
+    evaluation: Evaluated,  # of a version
+    path: str | Path,  # what was read: an evaluation or a scorecard
+) -> str:  # its name, its digest, and what is known about it
+    "A version as a report names it."
+    return (f"{evaluation.version} (digest {evaluation.digest[:12]}), as measured in {relative_path(path)} "
+            f"(digest {input_digest(path)[:12]})")
+
+
+def report_facts(
+    inputs: GateInputs,  # both versions
+) -> dict[str, str]:  # name -> text
+    "Who, when, where, and with what."
+    commit, _, changed = (git_commit() or "").partition("+")
+    source = f", commit {commit[:12]}{' and changes' if changed else ''}" if commit else ""
+    return {"Candidate": describe_version(inputs.candidate.evaluation, inputs.paths["candidate"]),
+            "In service": describe_version(inputs.current.evaluation, inputs.paths["current"]),
+            "Decided": decided_at(),
+            "Machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs (speed, time and memory were "
+                       "measured when each version was evaluated)",
+            "Software": f"llmops {__version__}{source}, Python {platform.python_version()}; packages are listed in "
+                        "manifest.json"}
+
+# %% ../../nbs/06_decision/06_gate.ipynb #9d6841b9
+def make_report(
+    cfg: GateParams,  # its currency
+    inputs: GateInputs,  # both versions
+    checks: list[Check],  # decided
+    informs: dict[str, str],  # checks that do not decide, and why
+    cases: list[dict[str, Any]],  # of `run_regressions`
+) -> Report:  # what the page shows
+    "Put the verdict into words."
+    candidate, current = inputs.candidate.evaluation, inputs.current.evaluation
+    verdict, reasons = decide_verdict(checks, informs, cases, cfg.currency)
+    sentence = summarize_verdict(verdict, checks, informs, cases, cfg.currency)
+    step = next_step(verdict, checks, informs, cases, (candidate.version, current.version), cfg.currency)
+    return Report(verdict, sentence, step, reasons, checks, informs, cases, report_facts(inputs), cfg.currency,
+                  changed_most(candidate, current))
+
+# %% ../../nbs/06_decision/06_gate.ipynb #fba5a609
 def write_gate(
     result: GateResult,  # what was found
-    candidate: Evaluated,  # the new version
-    current: Evaluated,  # the version in service
 ) -> None:
     "Write report.html, verdict.json, checks.json and headline.json."
-    title = (f"{candidate.version} ({candidate.digest[:10]}) against {current.version} ({current.digest[:10]}), the "
-             "version in service")
-    page = report_page(result.verdict, result.reasons, result.checks, result.cases, title,
-                       changed_most(candidate, current))
-    (result.work / "report.html").write_text(page, encoding="utf-8")
-    found = {"verdict": result.verdict, "reasons": result.reasons, "checks": [asdict(c) for c in result.checks],
-             "cases": result.cases}
+    report = result.report
+    (result.work / "report.html").write_text(report_page(report), encoding="utf-8")
+    found = {"verdict": report.verdict, "sentence": report.sentence, "next": report.next_step, "facts": report.facts,
+             "reasons": report.reasons, "checks": [asdict(c) for c in report.checks], "cases": report.cases}
     write_json(result.work / "verdict.json", found | result.entry)
-    write_json(result.work / "checks.json", reproducible_checks(result.checks))
-    write_json(result.work / "headline.json", headline_values(result.checks))
+    write_json(result.work / "checks.json", reproducible_checks(report.checks))
+    write_json(result.work / "headline.json", headline_values(report.checks))
 
 # %% ../../nbs/06_decision/06_gate.ipynb #e96781e0
 def check_candidate(
@@ -228,7 +286,7 @@ def check_candidate(
     options = CheckOptions(cfg.min_rows, cfg.alpha, cfg.power, cfg.seed, cfg.resamples)
     return make_checks(cfg.margins, inputs.candidate, inputs.current, slices, options, informs), informs
 
-# %% ../../nbs/06_decision/06_gate.ipynb #b0e06f39
+# %% ../../nbs/06_decision/06_gate.ipynb #33611d8c
 def run_gate(
     cfg: GateParams,  # whom to compare, and the margins
     log: Run = UNTRACKED,  # where checks and verdict are logged
@@ -239,28 +297,30 @@ def run_gate(
     candidate, current = inputs.candidate.evaluation, inputs.current.evaluation
     checks, informs = check_candidate(cfg, inputs)
     cases = run_regressions(candidate, read_cases(cfg.cases), cfg.right_f1)
-    verdict, reasons = decide_verdict(checks, informs, cases)
-    entry = history_entry(verdict, checks, candidate, current)
+    report = make_report(cfg, inputs, checks, informs, cases)
+    entry = history_entry(report.verdict, checks, candidate, current)
     log.table("checks", [asdict(check) for check in checks])
     values = headline_values(checks).items()
     changes = {f"{name} change": value["change"] for name, value in values if value["change"] is not None}
-    log.summary({"verdict": verdict, **changes})
+    log.summary({"verdict": report.verdict, **changes})
     with working_folder(cfg.out, cfg) as work:
-        result = GateResult(work, inputs.paths, {}, verdict, reasons, checks, cases, entry)
-        write_gate(result, candidate, current)
+        result = GateResult(work, inputs.paths, {}, report, entry)
+        write_gate(result)
     return result
 
-# %% ../../nbs/06_decision/06_gate.ipynb #cb6ff743
+# %% ../../nbs/06_decision/06_gate.ipynb #f6249478
 EXIT_CODES = {"ship": 0, "hold": 3, "reject": 4}
 
 
 def show_verdict(
     folder: str,  # a gate's artifact
 ) -> int:  # the exit code
-    "Print the verdict and its reasons."
+    "Print the verdict: one sentence, its reasons, who, when and where, and what to do next."
     read_manifest(folder, KIND)
     found = json.loads((resolve_path(folder) / "verdict.json").read_text(encoding="utf-8"))
-    print(found["verdict"].upper(), *(f"- {reason}" for reason in found["reasons"]), sep="\n")
+    facts = [f"{name}: {text}" for name, text in found["facts"].items()]
+    print(found["verdict"].upper(), found["sentence"], *(f"- {reason}" for reason in found["reasons"]), "", *facts,
+          f"Next: {found['next']}", sep="\n")
     return EXIT_CODES[found["verdict"]]
 
 # %% ../../nbs/06_decision/06_gate.ipynb #72aadb33

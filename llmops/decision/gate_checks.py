@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'MetricRows', 'has_value', 'figure_change', 'check_figure', 'read_ratings', 'rating_scores',
            'add_ratings', 'measure_agreement', 'list_answers', 'add_judge_preferences', 'find_weak_judges', 'slice_ids',
-           'select_rows', 'list_scores', 'pair_scores', 'check_pairs', 'make_check', 'make_checks']
+           'select_rows', 'list_scores', 'pair_scores', 'check_pairs', 'check_labels', 'make_check', 'make_checks']
 
-# %% ../../nbs/06_decision/03_gate_checks.ipynb #a1dbdafc
+# %% ../../nbs/06_decision/03_gate_checks.ipynb #3153244a
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .comparison import Check, CheckOptions, check_scores, decide_outcomes
+from .comparison import Check, CheckOptions, check_macro_f1, check_scores, decide_outcomes
 from .regressions import read_existing_rows
 from ..evaluation.scores import VersionScores
 from ..evaluation.slices import slice_questions
@@ -232,7 +232,24 @@ def check_pairs(
     metric = name.partition(" on ")[0]
     return check_scores(name, new, old, margin, metric in LOWER_IS_BETTER, options)
 
-# %% ../../nbs/06_decision/03_gate_checks.ipynb #690ecaca
+# %% ../../nbs/06_decision/03_gate_checks.ipynb #08930c3d
+def check_labels(
+    name: str,  # `macro_f1`, or `macro_f1 on slice`
+    margin: float,  # the drop that does not matter
+    candidate: VersionScores,  # the new version
+    current: VersionScores,  # the version in service
+    slices: Mapping[str, set[str]],  # slice of the answers -> ids
+    options: CheckOptions,  # level, power and so on
+) -> Check:  # not decided yet
+    "Compare macro-F1 of two versions on the same rows."
+    ids = select_rows("macro_f1", candidate.rows["accuracy"], name.partition(" on ")[2], slices)
+    old, new = ({p["id"]: p for p in version.evaluation.predictions} for version in (current, candidate))
+    columns = (new, "gold"), (new, "label"), (old, "label")
+    gold, said, before = ([rows[i][field] for i in ids] for rows, field in columns)
+    return check_macro_f1(name, gold, said, before, margin, options) if ids else (
+        Check(name, margin, note="there is not one row"))
+
+# %% ../../nbs/06_decision/03_gate_checks.ipynb #11249428
 def make_check(
     name: str,  # metric, metric on slice, or figure
     margin: float,  # the drop that does not matter
@@ -243,6 +260,8 @@ def make_check(
 ) -> Check:  # not decided yet, unless it is a figure
     "The check that one margin asks for. Raises `ParamError` for a name that neither rows nor version have."
     metric, _, part = name.partition(" on ")
+    if metric == "macro_f1" and "accuracy" in candidate.rows and "accuracy" in current.rows:
+        return check_labels(name, margin, candidate, current, slices, options)
     if metric in candidate.rows and metric in current.rows:
         new, old = pair_scores(metric, part, candidate, current, slices)
         return check_pairs(name, new, old, margin, options)

@@ -13,10 +13,8 @@ from typing import Any
 from ..foundation.evaluations import Evaluated, read_evaluation
 from ..evaluation.metrics import answer_rows
 from ..foundation.stats import EvaluationError
-from ..evaluation.scores import evaluated_rows
-from ..foundation.artifacts import read_manifest
-from ..foundation.datasets import dataset_path
-from ..foundation.prompts import build_prompt
+from ..evaluation.scores import evaluated_rows, evaluated_task
+from ..foundation.tasks import Asked
 from ..foundation.models import load_model
 from ..foundation.project import ParamError, relative_path, resolve_path
 from ..foundation.reading import read_rows, write_jsonl
@@ -83,31 +81,28 @@ def ask_cases(
     model: Any,  # the candidate, a causal LM
     tokenizer: Any,  # its tokenizer
     cases: list[dict[str, Any]],  # of `read_cases`
-    instruction: str,  # the system message
+    asked: Asked,  # the task: the words of the prompts, and how answers are scored
     max_new_tokens: int,  # longest answer, tokens
-    right_f1: float,  # word F1 from which on an answer counts as right
-    refusal: str,  # how the data say that there is no answer
-) -> list[dict[str, Any]]:  # the cases with `prediction`, `f1` and `passed`
+    right_f1: float,  # word F1, or the task's first score, from which on an answer counts as right
+) -> list[dict[str, Any]]:  # the cases with `prediction`, the task's first score, such as `f1`, and `passed`
     "Ask a loaded model the cases."
-    rows = [case | {"prompt": build_prompt(case["passage"], case["question"], instruction)} for case in cases]
-    answers, _ = answer_rows(model, tokenizer, rows, max_new_tokens, batch_size=8, refusal=refusal)
-    results = []
+    rows = [case | {"prompt": asked.prompt(case["passage"], case["question"])} for case in cases]
+    answers, _ = answer_rows(model, tokenizer, rows, max_new_tokens, batch_size=8, asked=asked)
+    results, score = [], asked.task.headline
     for case, answer in zip(cases, answers, strict=True):
-        passed = answer["f1"] >= right_f1
-        results.append(case | {"prediction": answer["prediction"], "f1": answer["f1"], "passed": passed})
+        passed = answer[score] >= right_f1
+        results.append(case | {"prediction": answer["prediction"], score: answer[score], "passed": passed})
     return results
 
 # %% ../../nbs/06_decision/02_regressions.ipynb #17d4925f
 def run_regressions(
     version: Evaluated,  # the candidate
     cases: list[dict[str, Any]],  # of `read_cases`
-    right_f1: float,  # word F1 from which on an answer counts as right
+    right_f1: float,  # word F1, or the task's first score, from which on an answer counts as right
 ) -> list[dict[str, Any]]:  # of `ask_cases`; empty without cases
     "Load a version and ask it the cases, if there are any."
     if not cases:
         return []
-    data = dataset_path(read_manifest(version.path)["inputs"]["data"]["ref"])
-    instruction = read_manifest(data)["params"]["instruction"]
     model, tokenizer = load_model(version.model)
     max_new_tokens = version.scores["protocol"]["max_new_tokens"]
-    return ask_cases(model, tokenizer, cases, instruction, max_new_tokens, right_f1, version.scores["refusal"])
+    return ask_cases(model, tokenizer, cases, evaluated_task(version), max_new_tokens, right_f1)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LLAMACPP_FIELDS', 'TOOL_FIELDS', 'llamacpp_server', 'llamacpp_body', 'llamacpp_fields', 'llamacpp_error',
-           'relay_stream', 'llamacpp_client', 'llamacpp_reader', 'check_options', 'busy_slots', 'LlamaCppEngine']
+           'read_parts', 'written_text', 'timed_usage', 'AnswerWatch', 'watch_parts', 'relay_parts', 'join_calls',
+           'join_message', 'whole_answer', 'llamacpp_client', 'llamacpp_reader', 'check_options', 'busy_slots',
+           'LlamaCppEngine']
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #39222634
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #b78cdd15
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from starlette.responses import JSONResponse, Response
 
 from .requests import (
     ApiError, ChatRequest, ServingError, context_exceeded, ignored_fields, plain_turn, report_ignored, template_refused)
-from .streaming import StreamedAnswer, sse_event
+from .streaming import (
+    LIMITS, AnswerLimits, RepetitionWatch, StreamedAnswer, sse_event, stop_note)
 from .token_prompts import (
-    CHAT, chat_form, fill_gaps, holds_controls, relay_as_chat, route_request, template_reason)
+    CHAT, fill_gaps, holds_controls, relay_as_chat, route_request, template_reason)
 from ..foundation.chat import ControlTokens
 
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #35288c5f
@@ -46,7 +49,7 @@ def llamacpp_server(
     sampling.temp, sampling.top_k, sampling.top_p, sampling.min_p = 0.0, 0, 1.0, 0.0  # OpenAI's defaults, but greedy
     return xllamacpp.Server(params)
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #4f1cf049
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #1dfad82b
 LLAMACPP_FIELDS = {"tools", "tool_choice", "parallel_tool_calls", "response_format", "logprobs", "top_logprobs",
                    "logit_bias", "frequency_penalty", "presence_penalty", "top_k", "min_p", "typical_p",
                    "repeat_penalty", "repeat_last_n", "ignore_eos", "cache_prompt", "grammar", "chat_template_kwargs"}
@@ -55,16 +58,15 @@ LLAMACPP_FIELDS = {"tools", "tool_choice", "parallel_tool_calls", "response_form
 def llamacpp_body(
     request: ChatRequest,  # a checked request
     gaps: frozenset[str] = frozenset(),  # of the model's chat template
+    default_max_tokens: int = LIMITS.default_max_tokens,  # where the client sets no `max_tokens`
 ) -> dict[str, Any]:  # the body for llama.cpp
-    "A request the way llama.cpp reads it."
+    "A request the way llama.cpp reads it. It always streams, so that an answer can be ended while it is written."
     known = LLAMACPP_FIELDS | {"model", "max_tokens", "seed"}
     body = request.model_dump(exclude_none=True, exclude_defaults=True, include=known)
     messages = fill_gaps([plain_turn(message) for message in request.messages], gaps)
-    body |= {"messages": messages, "stream": request.stream,
-             "temperature": request.temperature, "top_p": request.top_p, "stop": request.stop}
-    if request.stream:
-        body["stream_options"] = {"include_usage": request.stream_options.include_usage}
-    return body
+    return body | {"messages": messages, "temperature": request.temperature, "top_p": request.top_p,
+                   "stop": request.stop, "max_tokens": request.max_tokens or default_max_tokens, "stream": True,
+                   "stream_options": {"include_usage": True}, "timings_per_token": True}
 
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #abd7aa07
 TOOL_FIELDS = {"tools", "tool_choice", "parallel_tool_calls"}
@@ -89,16 +91,136 @@ def llamacpp_error(
         return template_refused(f"messages: the model's chat template does not take these turns: {reason}")
     return ApiError(message, int(error.get("code", 500)), error.get("type"))
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #9734e190
-async def relay_stream(
-    parts: AsyncIterator[str | bytes],  # of an open httpx.Response
-) -> AsyncGenerator[str | bytes, None]:  # the same, as they come
-    "Pass a stream on. A llama.cpp that ends in the middle of it is told in an event of its own."
-    try:
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #4866ab8b
+async def read_parts(
+    lines: AsyncIterator[str],  # server-sent events
+) -> AsyncGenerator[dict[str, Any], None]:  # parts of a chat; what holds no JSON is left out
+    "The parts of a stream."
+    async for line in lines:
+        value = line.partition(": ")[2].strip()
+        if value.startswith("{"):
+            yield json.loads(value)
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #1078f96e
+def written_text(
+    delta: dict[str, Any],  # of a part
+) -> str:  # what the model wrote
+    "Everything that a part adds: words, thoughts, or the arguments of a call."
+    calls = "".join(call.get("function", {}).get("arguments") or "" for call in delta.get("tool_calls") or [])
+    return (delta.get("reasoning_content") or "") + (delta.get("content") or "") + calls
+
+
+def timed_usage(
+    timings: dict[str, Any],  # of the last part
+) -> dict[str, int]:  # OpenAI's `usage`
+    "The tokens that llama.cpp has counted."
+    prompt, written = timings["cache_n"] + timings["prompt_n"], timings["predicted_n"]
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #205c1db9
+class AnswerWatch:
+    "Reads an answer beside its client. One that ignores the model's own end wants its length, and is left alone."
+    def __init__(self,
+        request: ChatRequest,  # a checked request
+        limits: AnswerLimits,  # the server's
+    ) -> None:
+        endless = bool((request.model_extra or {}).get("ignore_eos"))
+        self.repetition = None if endless else RepetitionWatch(limits)
+        self.default = None if request.max_tokens else limits.default_max_tokens
+        self.written = 0  # tokens, as the last part that says so counts them
+
+    def stops(self,
+        part: dict[str, Any],  # of a chat
+    ) -> str:  # `repetition` or `default_max_tokens`; "" while neither is met
+        "Which limit an answer meets with this part."
+        self.written = part.get("timings", {}).get("predicted_n", self.written)
+        for choice in part["choices"]:
+            full = self.default and self.written >= self.default - 1  # the last token may hold a part of a character
+            if choice["finish_reason"] == "length" and full:
+                return "default_max_tokens"
+            text = written_text(choice["delta"])
+            if self.repetition and not choice["finish_reason"] and self.repetition.feed(text):
+                return "repetition"
+        return ""
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #3b6cda1f
+async def watch_parts(
+    parts: AsyncGenerator[dict[str, Any], None],  # of a chat, the last one with the number of tokens
+    watch: AnswerWatch,  # it says when to stop
+) -> AsyncGenerator[dict[str, Any], None]:  # the same until the answer ends or is ended
+    "Hand an answer on, end it where it repeats itself, and say so."
+    async with aclosing(parts):
         async for part in parts:
-            yield part
+            stopped = watch.stops(part) if part.get("choices") else ""
+            timings = part.get("timings")
+            if timings and part.get("choices") and not part["choices"][0]["finish_reason"]:
+                part = {key: value for key, value in part.items() if key != "timings"}
+            yield part if stopped != "default_max_tokens" else part | stop_note(stopped)
+            if stopped == "repetition":
+                end = {"index": 0, "delta": {}, "finish_reason": "length"}
+                yield part | {"choices": [end]} | stop_note(stopped)
+                if timings:
+                    yield part | {"choices": [], "usage": timed_usage(timings)}
+                return
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #a2c05603
+async def relay_parts(
+    parts: AsyncGenerator[dict[str, Any], None],  # of `watch_parts`
+    include_usage: bool,  # does the client want the number of tokens?
+) -> AsyncGenerator[str, None]:  # server-sent events
+    "Send an answer as it comes. A llama.cpp that ends in the middle of it is told in an event of its own."
+    try:
+        async with aclosing(parts):
+            async for part in parts:
+                if include_usage or part.get("choices") != []:
+                    yield sse_event(part)
     except httpx.HTTPError as e:
-        yield "\n\n" + sse_event(ApiError(f"llama.cpp broke off: {type(e).__name__}", 500).body)
+        yield sse_event(ApiError(f"llama.cpp broke off: {type(e).__name__}", 500).body)
+        return
+    yield "data: [DONE]\n\n"
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #575aee77
+def join_calls(
+    deltas: list[dict[str, Any]],  # of an answer's parts
+) -> list[dict[str, Any]]:  # whole tool calls
+    "Put tool calls together: a part that belongs to the last call has its `index`."
+    calls: dict[int, dict[str, Any]] = {}
+    for part in [part for delta in deltas for part in delta.get("tool_calls") or []]:
+        call = calls.setdefault(part["index"], {"type": "function", "function": {"name": "", "arguments": ""}})
+        call |= {"id": part["id"]} if part.get("id") else {}
+        for name, text in part.get("function", {}).items():
+            call["function"][name] += text or ""
+    return list(calls.values())
+
+
+def join_message(
+    deltas: list[dict[str, Any]],  # of an answer's parts
+) -> dict[str, Any]:  # OpenAI's message
+    "Put a message together."
+    texts = {name: "".join(delta.get(name) or "" for delta in deltas) for name in ("content", "reasoning_content")}
+    message: dict[str, Any] = {"role": "assistant", "content": texts["content"]}
+    if texts["reasoning_content"]:
+        message["reasoning_content"] = texts["reasoning_content"]
+    calls = join_calls(deltas)
+    return message | ({"tool_calls": calls, "content": texts["content"] or None} if calls else {})
+
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #b3237a0b
+def whole_answer(
+    parts: list[dict[str, Any]],  # of `watch_parts`
+) -> dict[str, Any]:  # OpenAI's `chat.completion`
+    "An answer in one piece. Raises `ApiError` with what llama.cpp says when it fails in the middle."
+    if failed := next((part for part in parts if "choices" not in part), None):
+        raise llamacpp_error(failed if "error" in failed else {"error": failed})
+    answer: dict[str, Any] = {}
+    for part in parts:
+        answer |= part
+    choices = [choice for part in parts for choice in part["choices"]]
+    choice = {"index": 0, "message": join_message([choice["delta"] for choice in choices]),
+              "finish_reason": choices[-1]["finish_reason"] if choices else None}
+    probable = [token for choice in choices for token in (choice.get("logprobs") or {}).get("content") or []]
+    if probable:
+        choice["logprobs"] = {"content": probable}
+    return answer | {"object": "chat.completion", "choices": [choice]}
 
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #b076eb57
 def llamacpp_client(
@@ -142,7 +264,7 @@ async def busy_slots(
         raise ServingError(f"llama.cpp does not answer: {type(e).__name__}; start the server again") from None
     return sum(slot["is_processing"] for slot in slots)
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #5308a68c
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #f97703a4
 class LlamaCppEngine:
     "Answers through llama.cpp's own chat endpoint."
     def __init__(self,
@@ -151,14 +273,15 @@ class LlamaCppEngine:
         slots: int = 4,  # conversations that it answers at once
         patience: float = 60.0,  # seconds in which it must say how it is
         gaps: frozenset[str] = frozenset(),  # of the model's chat template
+        limits: AnswerLimits = LIMITS,  # when an answer is ended
     ) -> None:
         self.client, self.reader = llamacpp_client(server.listening_address), llamacpp_reader(server.listening_address)
         self.controls, self.free, self.patience = controls, asyncio.Semaphore(slots), patience
-        self.gaps = gaps
+        self.gaps, self.limits = gaps, limits
 
     async def route(self, request: ChatRequest) -> tuple[str, dict[str, Any]]:
         "llama.cpp's address for a request, and the body; what could hold control tokens, and tools, cost questions."
-        body = llamacpp_body(request, self.gaps)
+        body = llamacpp_body(request, self.gaps, self.limits.default_max_tokens)
         check_options(body, self.controls)
         tools = any(turn["role"] == "tool" for turn in body["messages"])
         if not tools and not holds_controls(body["messages"], self.controls):
@@ -175,12 +298,13 @@ class LlamaCppEngine:
             response = await held.enter_async_context(self.client.stream("POST", path, json=body))
             if response.status_code != 200:
                 raise llamacpp_error(json.loads(await response.aread()))
+            lines = response.aiter_lines()
+            events = lines if path == CHAT else relay_as_chat(lines, include_usage=True)
+            parts = watch_parts(read_parts(events), AnswerWatch(request, self.limits))
             if request.stream:
-                usage = request.stream_options.include_usage
-                parts = response.aiter_raw() if path == CHAT else relay_as_chat(response.aiter_lines(), usage)
-                return report_ignored(StreamedAnswer(relay_stream(parts), held.pop_all()), ignored)
-            answer = json.loads(await response.aread())
-            return report_ignored(JSONResponse(answer if path == CHAT else chat_form(answer, stream=False)), ignored)
+                relayed = relay_parts(parts, request.stream_options.include_usage)
+                return report_ignored(StreamedAnswer(relayed, held.pop_all()), ignored)
+            return report_ignored(JSONResponse(whole_answer([part async for part in parts])), ignored)
 
     async def check_health(self) -> dict[str, Any]:
         "How many answers are being written. Raises `ServingError` when llama.cpp does not say."

@@ -6,11 +6,12 @@
 __all__ = ['COMMON', 'HINTS', 'NEUTRAL', 'IGNORED_HEADER', 'ServingError', 'ApiError', 'context_exceeded', 'template_refused',
            'drop_nulls', 'part_text', 'join_parts', 'FunctionCall', 'ToolCall', 'drop_empty', 'Message', 'plain_turn',
            'parse_arguments', 'write_calls', 'StreamOptions', 'ResponseFormat', 'Function', 'Tool', 'as_list',
-           'ChatRequest', 'settle_tools', 'unify_request', 'first_error', 'parse_request', 'changes_nothing',
-           'ignored_fields', 'report_ignored']
+           'ChatRequest', 'settle_tools', 'unify_request', 'model_not_found', 'first_error', 'parse_request',
+           'changes_nothing', 'ignored_fields', 'report_ignored']
 
-# %% ../../nbs/08_deployment/01_requests.ipynb #80d89f1e
+# %% ../../nbs/08_deployment/01_requests.ipynb #530720d6
 import json
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -209,7 +210,7 @@ class Tool(BaseModel, strict=True, extra="forbid"):
 
     _given = model_validator(mode="before")(drop_nulls)
 
-# %% ../../nbs/08_deployment/01_requests.ipynb #45aca49f
+# %% ../../nbs/08_deployment/01_requests.ipynb #b07811a4
 def as_list(
     value: Any,  # a text or a list
 ) -> Any:  # a list
@@ -223,7 +224,7 @@ class ChatRequest(BaseModel, strict=True, extra="allow"):
     messages: list[Message] = Field(min_length=1)  # the conversation
     temperature: float = Field(0.0, ge=0, le=2)  # 0: the most likely token at every step
     top_p: float = Field(1.0, gt=0, le=1)  # sample from the likeliest tokens that together have this probability
-    max_tokens: int | None = Field(None, ge=1)  # None: as far as the context goes
+    max_tokens: int | None = Field(None, ge=1)  # longest answer, at most what the context holds; None: the server's
     max_completion_tokens: int | None = Field(None, ge=1)  # OpenAI's newer name for it
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)  # of the sampling
     stop: list[str] = []  # texts that end the answer
@@ -272,7 +273,16 @@ def unify_request(
     settle_tools(request)
     return request
 
-# %% ../../nbs/08_deployment/01_requests.ipynb #0a694675
+# %% ../../nbs/08_deployment/01_requests.ipynb #b66c5487
+def model_not_found(
+    model: str,  # what was asked for
+    names: Collection[str],  # of the served models
+) -> ApiError:  # 404
+    "A model that is not served."
+    served = " and ".join(map(repr, names))
+    return ApiError(f"model: there is no {model!r} here; this server has {served}", 404, "model_not_found", "model")
+
+# %% ../../nbs/08_deployment/01_requests.ipynb #63442baa
 def first_error(
     error: ValidationError,  # of a request
 ) -> ApiError:  # for the client
@@ -285,16 +295,15 @@ def first_error(
 
 def parse_request(
     body: bytes,  # what the client sent
-    name: str,  # the name of the served model
+    *names: str,  # of the served models
 ) -> ChatRequest:  # a request that an engine can take
     "Read a chat request. Raises `ApiError` naming the first thing that is wrong with it."
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as e:
         raise first_error(e) from None
-    if request.model != name:
-        raise ApiError(f"model: there is no {request.model!r} here; this server has {name!r}", 404, "model_not_found",
-                       "model")
+    if request.model not in names:
+        raise model_not_found(request.model, names)
     return unify_request(request)
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #7b92793f

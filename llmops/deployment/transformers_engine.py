@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['template_turn', 'encode_request', 'generation_arguments', 'Generation', 'StopCutter', 'stream_answer', 'ModelWorker',
-           'take_turn', 'silent_seconds', 'write_one_token', 'TransformersEngine']
+           'watched_streamer', 'take_turn', 'silent_seconds', 'write_one_token', 'TransformersEngine']
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #1b5f1b6a
+# %% ../../nbs/08_deployment/05_transformers.ipynb #f79ffca1
 import asyncio
 import json
 import threading
@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse, Response
 from llmops.deployment.requests import (
     ChatRequest, Message, ServingError, context_exceeded, ignored_fields, parse_arguments, plain_turn, report_ignored,
     write_calls)
-from .streaming import Completion, StreamedAnswer, chat_answer, stream_events
+from .streaming import (
+    LIMITS, AnswerLimits, Completion, RepetitionWatch, StreamedAnswer, chat_answer, stream_events)
 from ..foundation.chat import encode_prompt
 from ..foundation.generation import stop_tokens
 
@@ -50,21 +51,23 @@ def encode_request(
         raise context_exceeded(len(ids), context)
     return ids
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #16d413ac
+# %% ../../nbs/08_deployment/05_transformers.ipynb #b1af406e
 def generation_arguments(
     model: Any,  # a transformers model
     tokenizer: Any,  # its tokenizer
     request: ChatRequest,  # temperature, top_p, max_tokens
-    room: int,  # most tokens to write
+    room: int,  # tokens that the context has left
+    default_max_tokens: int = LIMITS.default_max_tokens,  # where the client sets no `max_tokens`
 ) -> dict[str, Any]:  # arguments of transformers' `generate`
     "Greedy at temperature 0, plain nucleus sampling otherwise."
-    arguments = {"max_new_tokens": min(request.max_tokens or room, room), "pad_token_id": tokenizer.pad_token_id,
+    longest = min(request.max_tokens or default_max_tokens, room)
+    arguments = {"max_new_tokens": longest, "pad_token_id": tokenizer.pad_token_id,
                  "eos_token_id": stop_tokens(model, tokenizer), "do_sample": request.temperature > 0}
     if arguments["do_sample"]:
         arguments |= {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
     return arguments
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #bd3bca5c
+# %% ../../nbs/08_deployment/05_transformers.ipynb #8690b012
 @dataclass
 class Generation:
     "A run of transformers' `generate` in a worker thread. Another thread reads `streamer`, and may set `halt`."
@@ -73,6 +76,7 @@ class Generation:
     arguments: dict[str, Any]  # of `generate`
     streamer: Any  # an AsyncTextIteratorStreamer
     seed: int | None = None  # of the sampling
+    watch: RepetitionWatch = field(default_factory=lambda: RepetitionWatch(LIMITS))  # the streamer feeds it
     halt: threading.Event = field(default_factory=threading.Event)  # set: stop at the next token
     last_token: float | None = None  # when it began or wrote a token, on the monotonic clock; None: not yet
     result: "Future[list[int]]" = field(default_factory=Future)  # the tokens, or what went wrong
@@ -81,7 +85,7 @@ class Generation:
         "transformers asks this after every token."
         import torch
         self.last_token = time.monotonic()
-        return torch.full((ids.shape[0],), self.halt.is_set(), device=ids.device)
+        return torch.full((ids.shape[0],), self.halt.is_set() or self.watch.met, device=ids.device)
 
     def run(self) -> list[int]:
         "Write until the answer ends or `halt` is set. Whatever happens, the reader of `streamer` is told of the end."
@@ -126,11 +130,12 @@ class StopCutter:
         "What is left when the text has ended."
         return "" if self.met else self.held
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #d6401c81
+# %% ../../nbs/08_deployment/05_transformers.ipynb #e993269c
 async def stream_answer(
     generation: Generation,  # queued or running
     stop: list[str],  # texts that end the answer
     completion: Completion,  # filled when the answer ends
+    defaulted: bool = False,  # is its longest length the server's own?
 ) -> AsyncGenerator[str, None]:  # the answer, piece by piece
     "Read what the model writes. Raises `ServingError` when the model failed."
     cutter = StopCutter(stop)
@@ -147,6 +152,9 @@ async def stream_answer(
         yield text
     ended = cutter.met or output[-1] in generation.arguments["eos_token_id"]
     completion.tokens, completion.finish_reason = len(output), "stop" if ended else "length"
+    if not ended:
+        at_default = defaulted and len(output) == generation.arguments["max_new_tokens"]
+        completion.stopped = "repetition" if generation.watch.met else "default_max_tokens" if at_default else ""
 
 # %% ../../nbs/08_deployment/05_transformers.ipynb #c2ae2d3f
 class ModelWorker:
@@ -173,18 +181,34 @@ class ModelWorker:
         finally:
             self.current = None
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #d4309944
+# %% ../../nbs/08_deployment/05_transformers.ipynb #6a52da14
+def watched_streamer(
+    tokenizer: Any,  # of the model
+    watch: RepetitionWatch,  # it reads along
+) -> Any:  # an AsyncTextIteratorStreamer
+    "A streamer whose text is watched."
+    from transformers import AsyncTextIteratorStreamer
+
+    class WatchedStreamer(AsyncTextIteratorStreamer):
+        "Feeds the watch before the reader."
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            watch.feed(text)
+            super().on_finalized_text(text, stream_end)
+
+    return WatchedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+# %% ../../nbs/08_deployment/05_transformers.ipynb #8b513aaa
 @contextmanager
 def take_turn(
     worker: ModelWorker,  # it writes
     ids: list[int],  # the prompt
     arguments: dict[str, Any],  # of `generate`
     seed: int | None = None,  # of the sampling
+    limits: AnswerLimits = LIMITS,  # how often the same words may stand in a row
 ) -> Iterator[Generation]:  # waiting for its turn, or having it
     "A turn of the model, for as long as the context lasts."
-    from transformers import AsyncTextIteratorStreamer
-    streamer = AsyncTextIteratorStreamer(worker.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generation = Generation(worker.model, ids, arguments, streamer, seed)
+    watch = RepetitionWatch(limits)
+    generation = Generation(worker.model, ids, arguments, watched_streamer(worker.tokenizer, watch), seed, watch)
     generation.result = worker.thread.submit(worker.write, generation)
     try:
         yield generation
@@ -212,7 +236,7 @@ async def write_one_token(
         except Exception as e:
             raise ServingError(f"the model fails: {type(e).__name__}: {e}; start the server again") from e
 
-# %% ../../nbs/08_deployment/05_transformers.ipynb #603e8fc6
+# %% ../../nbs/08_deployment/05_transformers.ipynb #d4f17a4a
 class TransformersEngine:
     "Answers through transformers, one conversation at a time."
     def __init__(self,
@@ -220,17 +244,21 @@ class TransformersEngine:
         tokenizer: Any,  # its tokenizer
         context: int,  # tokens of prompt and answer together
         patience: float = 120.0,  # seconds without a token after which the model counts as hung
+        limits: AnswerLimits = LIMITS,  # when an answer is ended
     ) -> None:
         self.worker, self.context, self.patience = ModelWorker(model, tokenizer), context, patience
+        self.limits = limits
 
     async def __call__(self, request: ChatRequest) -> Response:
         model, tokenizer = self.worker.model, self.worker.tokenizer
         ignored = ignored_fields(request, "transformers", set())
         ids, completion = encode_request(tokenizer, request, self.context), Completion()
-        arguments = generation_arguments(model, tokenizer, request, self.context - len(ids))
+        room, default = self.context - len(ids), self.limits.default_max_tokens
+        arguments = generation_arguments(model, tokenizer, request, room, default)
         async with AsyncExitStack() as held:
-            generation = held.enter_context(take_turn(self.worker, ids, arguments, request.seed))
-            pieces = stream_answer(generation, request.stop, completion)
+            turn = take_turn(self.worker, ids, arguments, request.seed, self.limits)
+            defaulted = request.max_tokens is None and default <= room
+            pieces = stream_answer(held.enter_context(turn), request.stop, completion, defaulted)
             if request.stream:
                 events = stream_events(pieces, request, len(ids), completion)
                 return report_ignored(StreamedAnswer(events, held.pop_all()), ignored)

@@ -9,6 +9,7 @@ __all__ = ['assign_bins', 'ece_by_chance', 'calibration_report', 'plot_reliabili
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..foundation.report import count_noun
 from ..foundation.stats import EvaluationError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def plot_reliability(
     table = report["table"]
     sizes = [400 * row["answers"] / report["answers"] for row in table]
     axes.scatter([row["confidence"] for row in table], [row["accuracy"] for row in table], s=sizes, alpha=0.8)
-    text = f"ECE {report['ece']:.3f}, by chance up to {report['ece_by_chance']:.3f}\n{report['answers']} answers"
+    answers = count_noun(report["answers"], "answer")
+    text = f"ECE {report['ece']:.3f}, by chance up to {report['ece_by_chance']:.3f}\n{answers}"
     axes.text(0.03, 0.95, text, va="top", fontsize=8)
     return figure

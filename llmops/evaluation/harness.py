@@ -24,13 +24,13 @@ from pydantic import Field
 
 from ..foundation.artifacts import ArtifactError, input_digest, json_digest, package_file, resolve_source
 from .calibration import calibration_report
-from .texts import rouge_scores
 from ..foundation.chat import encode_text
 from ..foundation.console import captured_output, mute_loggers
 from ..foundation.generation import left_pad
 from ..foundation.project import stage_params
 from ..foundation.reading import read_jsonl
 from ..foundation.stats import EvaluationError, bootstrap_interval
+from ..foundation.textscores import rouge_scores
 
 # %% ../../nbs/04_evaluation/10_harness.ipynb #3b87dd1d
 def split_choices(

@@ -7,7 +7,7 @@ __all__ = ['KIND', 'MetricsParams', 'which_fit', 'generate_fitting', 'answer_row
            'describe_protocol', 'MetricsInputs', 'resolve_inputs', 'finite_perplexity', 'MetricsResult',
            'write_evaluation', 'score_version', 'run_metrics']
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #05f0e6f8
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #3e34f54d
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from .logprobs import gold_logprobs, pack_logprobs
-from ..foundation.answers import REFUSAL, score_answers, summarize_scores
-from ..foundation.artifacts import json_digest, read_manifest, seal, working_folder
+from ..foundation.artifacts import json_digest, seal, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.checkpoints import adapter_base
 from ..foundation.generation import context_length, encode_prompt, generate_scored, generation_speed
@@ -26,9 +25,11 @@ from ..foundation.generation import perplexity
 from ..foundation.models import load_model
 from ..foundation.tracking import peak_memory_mb
 from ..foundation.project import from_cell, seed_everything, stage_params
+from ..foundation.prompts import DEFAULT_TASK
 from ..foundation.reading import write_jsonl
-from ..foundation.report import write_json
+from ..foundation.report import show_table, write_json
 from ..foundation.stats import EvaluationError
+from ..foundation.tasks import Asked, read_asked, score_predictions, summarize_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
 if TYPE_CHECKING:
@@ -96,13 +97,13 @@ def answer_rows(
     rows: list[dict[str, Any]],  # questions
     max_new_tokens: int,  # longest answer, tokens
     batch_size: int,  # questions at once
-    refusal: str = REFUSAL,  # how the data say that there is no answer
+    asked: Asked = Asked(),  # noqa: B008  the task, which says how answers are scored; it is immutable
 ) -> tuple[list[dict[str, Any]], list[bool]]:  # scored rows with `probability`, and which prompts fit
     "Ask and score. `probability` is per token (geometric mean), and None for a prompt that was not asked."
     fitting = which_fit(model, tokenizer, rows, max_new_tokens)
     prompts = [row["prompt"] for row in rows]
     outputs = generate_fitting(model, tokenizer, prompts, fitting, max_new_tokens, batch_size)
-    predictions = score_answers(rows, [text for text, _ in outputs], refusal)
+    predictions = score_predictions(asked, rows, [text for text, _ in outputs])
     for prediction, (_, logprob) in zip(predictions, outputs, strict=True):
         prediction["probability"] = None if logprob is None else math.exp(logprob)
     return predictions, fitting
@@ -141,15 +142,17 @@ def describe_protocol(
     cfg: MetricsParams,  # how it was evaluated
     rows: list[dict[str, Any]],  # the questions
     texts: list[str],  # the texts of the perplexity
+    asked: Asked = Asked(),  # noqa: B008  the task; the embedded one has no name here, as it had none at first
 ) -> dict[str, Any]:  # everything that two rows of a leaderboard must share
     "What was asked, in which words, and how it was answered."
     rows_digest = json_digest([[row["id"], row["prompt"], row["answer"]] for row in rows])
-    return {"split": cfg.split, "questions": len(rows), "decoding": "greedy", "max_new_tokens": cfg.max_new_tokens,
-            "kl_questions": cfg.kl_questions, "perplexity_texts": len(texts),
+    task = {} if asked.task.name == DEFAULT_TASK else {"task": asked.task.name, "labels": list(asked.labels)}
+    return task | {"split": cfg.split, "questions": len(rows), "decoding": "greedy",
+            "max_new_tokens": cfg.max_new_tokens, "kl_questions": cfg.kl_questions, "perplexity_texts": len(texts),
             "perplexity_max_length": cfg.perplexity_max_length,
             "rows_digest": rows_digest, "texts_digest": json_digest(texts)}
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #abaf8b8d
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #f03d7118
 @dataclass
 class MetricsInputs:
     "What one evaluation reads."
@@ -157,18 +160,19 @@ class MetricsInputs:
     data: Path  # the dataset's folder
     rows: list[dict[str, Any]]  # questions
     texts: list[str]  # texts that are not the task's
-    refusal: str  # how the data say that there is no answer
+    asked: Asked  # the task
 
 
 def resolve_inputs(
     cfg: MetricsParams,  # which version and which data
 ) -> MetricsInputs:  # folders and rows
-    "Find the version, and read the questions and texts."
+    "Find the version, and read the questions and texts. Raises `EvaluationError` when there is no question."
     rows = read_split(cfg.data, cfg.split)[:cfg.questions or None]
+    if not rows:
+        raise EvaluationError(f"split: the {cfg.split} split of {cfg.data} is empty, so there is nothing to ask")
     texts = [row["text"] for row in read_split(cfg.data, "general_test")[:cfg.perplexity_texts]]
     data = dataset_path(cfg.data)
-    refusal = read_manifest(data)["params"].get("unknown", REFUSAL)
-    return MetricsInputs(model_path(cfg.model), data, rows, texts, refusal)
+    return MetricsInputs(model_path(cfg.model), data, rows, texts, read_asked(data))
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #2674ca69
 def finite_perplexity(
@@ -192,6 +196,7 @@ class MetricsResult:
     metrics: dict[str, Any]  # speed and memory of this run
     scores: dict[str, Any]  # deterministic figures, also in `scores.json`
     predictions: list[dict[str, Any]]  # scored rows, also in `predictions.jsonl`
+    asked: Asked  # the task, which says what the scores are
 
 
 def write_evaluation(
@@ -216,9 +221,10 @@ def score_version(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], dict[str, Any]]:  # predictions to metrics
     "Everything that is measured on one loaded version: its predictions, scores, arrays and metrics."
     predictions, fitting = answer_rows(model, tokenizer, inputs.rows, cfg.max_new_tokens, cfg.batch_size,
-                                       inputs.refusal)
+                                       inputs.asked)
     metrics = measure_speed(model, tokenizer, inputs.rows, cfg.speed_prompts, cfg.speed_new_tokens)
-    scores = summarize_scores(predictions, cfg.seed, cfg.resamples) | {"over_context": fitting.count(False)}
+    scores = summarize_predictions(inputs.asked, predictions, cfg.seed, cfg.resamples)
+    scores["over_context"] = fitting.count(False)
     rows = [row for row, fits in zip(inputs.rows[:cfg.kl_questions], fitting, strict=False) if fits]
     arrays = {}
     if rows:
@@ -240,11 +246,12 @@ def run_metrics(
         size = deployed_size_mb(inputs.model, model)
         predictions, scores, arrays, metrics = score_version(model, tokenizer, inputs, cfg)
         scores |= {"version": cfg.version, "kind": model_kind(inputs.model), "size_mb": size,
-                   "refusal": inputs.refusal, "protocol": describe_protocol(cfg, inputs.rows, inputs.texts)}
+                   "refusal": inputs.asked.refusal,
+                   "protocol": describe_protocol(cfg, inputs.rows, inputs.texts, inputs.asked)}
         write_evaluation(work, predictions, scores, arrays)
     log.summary({k: v for k, v in (scores | metrics).items() if isinstance(v, int | float)})
     log.table("predictions", predictions[:50])
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(inputs.rows)} prompts do not fit the context: not asked, scored 0")
     model_ref = inputs.model if cfg.model.startswith("tiny:") else cfg.model
-    return MetricsResult(work, {"model": model_ref, "data": inputs.data}, metrics, scores, predictions)
+    return MetricsResult(work, {"model": model_ref, "data": inputs.data}, metrics, scores, predictions, inputs.asked)

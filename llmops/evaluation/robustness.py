@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEXT_KEY', 'CONTRACTIONS', 'EXPANSIONS', 'FRAMES', 'PERTURBATIONS', 'Variant', 'misspell_word', 'add_typos',
            'swap_contractions', 'drop_punctuation', 'perturb_question', 'question_variants', 'prompt_with',
-           'answer_perturbed', 'score_perturbed', 'f1_by_perturbation', 'summarize_robustness']
+           'answer_perturbed', 'score_perturbed', 'scores_by_perturbation', 'summarize_robustness']
 
 # %% ../../nbs/04_evaluation/12_robustness.ipynb #75052334
 import random
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .probes import CachedModel, ask_variants
-from ..foundation.answers import REFUSAL, score_answers
-from ..foundation.prompts import build_prompt
+from ..foundation.prompts import DEFAULT_TEMPLATE, build_prompt
 from ..foundation.reading import Row
 from ..foundation.stats import EvaluationError, bootstrap_interval
+from ..foundation.tasks import Asked, score_predictions
 
 # %% ../../nbs/04_evaluation/12_robustness.ipynb #bbd29188
 NEXT_KEY: dict[str, str] = {}
@@ -125,13 +125,14 @@ def question_variants(
 def prompt_with(
     row: Row,  # `id`, `passage`, `question` and `prompt`
     question: str,  # to ask instead
+    template: str = DEFAULT_TEMPLATE,  # a name of `prompts.TEMPLATES`, or a text
 ) -> list[dict[str, str]]:  # a conversation
     "A row's prompt with another question. Raises `EvaluationError` when the prompt is not the dataset's."
     instruction = row["prompt"][0]["content"]
-    if build_prompt(row["passage"], row["question"], instruction) != row["prompt"]:
+    if build_prompt(row["passage"], row["question"], instruction, template) != row["prompt"]:
         raise EvaluationError(f"robustness: the prompt of row {row['id']} is not made of its passage and question, so "
                               "the question cannot be perturbed in it; give rows of a dataset artifact")
-    return build_prompt(row["passage"], question, instruction)
+    return build_prompt(row["passage"], question, instruction, template)
 
 # %% ../../nbs/04_evaluation/12_robustness.ipynb #4fe343ae
 def answer_perturbed(
@@ -140,6 +141,7 @@ def answer_perturbed(
     variants: Sequence[Variant],  # of `question_variants`
     max_new_tokens: int,  # longest answer, tokens
     known: dict[str, str] | None = None,  # id -> answer to the clean question, when it was asked before
+    template: str = DEFAULT_TEMPLATE,  # of the prompts
 ) -> dict[tuple[str, str], str]:  # id and question -> answer
     "Ask each different question once."
     answers = {(row["id"], row["question"]): known[row["id"]] for row in rows} if known else {}
@@ -147,7 +149,7 @@ def answer_perturbed(
     for row in rows:
         own = dict.fromkeys(question for _, other, question in variants if other is row)
         new.append([q for q in own if (row["id"], q) not in answers])
-        prompts.append([prompt_with(row, q) for q in new[-1]])
+        prompts.append([prompt_with(row, q, template) for q in new[-1]])
     replies = ask_variants(version, prompts, max_new_tokens)
     for row, questions, texts in zip(rows, new, replies, strict=True):
         answers |= {(row["id"], q): text for q, text in zip(questions, texts, strict=True)}
@@ -158,15 +160,15 @@ def score_perturbed(
     version: CachedModel,  # who is asked
     rows: Sequence[Row],  # questions of a dataset, with `passage` and `prompt`
     max_new_tokens: int = 8,  # longest answer, tokens
-    refusal: str = REFUSAL,  # how the data say that there is no answer
+    asked: Asked = Asked(),  # noqa: B008  the task: its template, and how answers are scored; it is immutable
     seed: int = 42,  # of what is left to chance
     known: dict[str, str] | None = None,  # id -> answer to the clean question, when it was asked before
-) -> list[dict[str, Any]]:  # per variant: perturbation, perturbed, changed, and of `score_answers`; clean ones first
+) -> list[dict[str, Any]]:  # per variant: perturbation, perturbed, changed, and the scores; clean ones first
     "Ask questions clean and perturbed, and score the answers."
     variants = question_variants(rows, seed)
-    answers = answer_perturbed(version, rows, variants, max_new_tokens, known)
+    answers = answer_perturbed(version, rows, variants, max_new_tokens, known, asked.template)
     replies = [answers[row["id"], question] for _, row, question in variants]
-    scores = score_answers([row for _, row, _ in variants], replies, refusal)
+    scores = score_predictions(asked, [row for _, row, _ in variants], replies)
     results = []
     for (name, row, question), score in zip(variants, scores, strict=True):
         changed = question != row["question"]
@@ -174,30 +176,32 @@ def score_perturbed(
     return results
 
 # %% ../../nbs/04_evaluation/12_robustness.ipynb #ac69d3f8
-def f1_by_perturbation(
+def scores_by_perturbation(
     scored: Sequence[dict[str, Any]],  # of `score_perturbed`
-) -> dict[str, dict[str, float]]:  # perturbation -> row id -> F1; `worst`: the lowest of each row
-    "F1 of each row in each perturbation."
-    f1: dict[str, dict[str, float]] = {}
+    score: str = "f1",  # which score of an answer
+) -> dict[str, dict[str, float]]:  # perturbation -> row id -> score; `worst`: the lowest of each row
+    "The score of each row in each perturbation."
+    found: dict[str, dict[str, float]] = {}
     for row in scored:
-        f1.setdefault(row["perturbation"], {})[row["id"]] = row["f1"]
+        found.setdefault(row["perturbation"], {})[row["id"]] = float(row[score])
     worst = {}
-    for i in f1["clean"]:
-        worst[i] = min(scores[i] for scores in f1.values())
-    return f1 | {"worst": worst}
+    for i in found["clean"]:
+        worst[i] = min(scores[i] for scores in found.values())
+    return found | {"worst": worst}
 
 # %% ../../nbs/04_evaluation/12_robustness.ipynb #8d1d187b
 def summarize_robustness(
     scored: Sequence[dict[str, Any]],  # of `score_perturbed`
     seed: int = 42,  # of the intervals
     resamples: int = 1999,  # bootstrap samples
-) -> dict[str, dict[str, Any]]:  # perturbation and `worst` -> f1, changed (share of rows), drop, drop_low, drop_high
-    "What perturbing costs: clean F1 minus perturbed F1, row by row."
-    f1, summary = f1_by_perturbation(scored), {}
-    for name, scores in f1.items():
-        drops = [clean - scores[i] for i, clean in f1["clean"].items()]
+    score: str = "f1",  # which score of an answer
+) -> dict[str, dict[str, Any]]:  # perturbation and `worst` -> score, changed (share of rows), drop, drop_low, drop_high
+    "What perturbing costs: the clean score minus the perturbed one, row by row."
+    found, summary = scores_by_perturbation(scored, score), {}
+    for name, scores in found.items():
+        drops = [clean - scores[i] for i, clean in found["clean"].items()]
         drop, low, high = bootstrap_interval(drops, seed, resamples)
         changed = [r["changed"] for r in scored if r["perturbation"] == name]
-        summary[name] = {"f1": statistics.fmean(scores.values()), "drop": drop, "drop_low": low, "drop_high": high,
+        summary[name] = {score: statistics.fmean(scores.values()), "drop": drop, "drop_low": low, "drop_high": high,
                          "changed": statistics.fmean(changed) if changed else None}
     return summary

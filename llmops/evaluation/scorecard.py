@@ -38,7 +38,7 @@ from ..foundation.encoders import Encode, sentence_encoder
 from ..foundation.evaluations import Evaluated, read_evaluation
 from ..foundation.project import from_cell, seed_everything, stage_params
 from ..foundation.reading import write_jsonl
-from ..foundation.report import write_json
+from ..foundation.report import count_noun, show_table, write_json
 from ..foundation.stats import EvaluationError
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..judging.judges import Agreement, Endpoint
@@ -137,8 +137,8 @@ def choose_suites(
         suites["judge"] = lambda: judge_suite(answers, judge_endpoint(cfg), *interval)
     if cfg.ragas:
         suites["ragas"] = lambda: ragas_suite(answers, inputs.encode, ragas_params(cfg))
-    if cfg.robust_questions:
-        perturbed = questions[:cfg.robust_questions]
+    perturbed = [question for question in questions if question["question"]][:cfg.robust_questions]
+    if perturbed:  # a task that shows a text alone has no question to perturb
         suites["robustness"] = lambda: robustness_suite(version, evaluation, perturbed, *interval)
     if cfg.tasks:
         suites["general"] = lambda: harness_suite(version, harness_params(cfg))
@@ -159,7 +159,7 @@ def run_suites(
         suite_rows, summaries[name] = run_suite()
         rows += suite_rows
         seconds[name] = time.perf_counter() - start
-        print(f"{name:12}{len(suite_rows):5} rows  {seconds[name]:6.1f} s")
+        print(f"{name:12}{count_noun(len(suite_rows), 'row'):>10}  {seconds[name]:6.1f} s")
     return rows, summaries, seconds
 
 # %% ../../nbs/04_evaluation/18_scorecard.ipynb #0510b183

@@ -19,7 +19,7 @@ from .probes import CachedModel, cached_logprobs, summarize_rates
 from .ragas import RagasParams, ragas_scores
 from .robustness import score_perturbed, summarize_robustness
 from .safety import red_team_requests, score_safety
-from .scores import ScoreRow, make_score_row
+from .scores import ScoreRow, evaluated_task, make_score_row
 from .texts import score_texts
 from ..foundation.artifacts import read_manifest
 from ..foundation.cache import cached_answers
@@ -28,6 +28,7 @@ from ..foundation.encoders import Encode
 from ..foundation.evaluations import Evaluated
 from ..foundation.generation import encode_completion, generate
 from ..foundation.stats import bootstrap_interval
+from ..foundation.tasks import Asked, summarize_predictions
 from ..judging.judges import Endpoint, grade_answers, missing_reasons
 
 # %% ../../nbs/04_evaluation/17_suites.ipynb #dc56f08d
@@ -37,12 +38,13 @@ Suite = tuple[list[ScoreRow], dict[str, Any]]  # rows, and their summary
 def answer_calibration(
     predictions: list[dict[str, Any]],  # of an evaluation
     seed: int,  # of the chance error
-) -> dict[str, Any] | None:  # of `calibration_report`; None when no answer has a probability
-    "How well the probabilities of answers fit their exact matches."
+    right: str = "exact_match",  # the score that says right or wrong; "" for a task that has none
+) -> dict[str, Any] | None:  # of `calibration_report`; None when no answer has a probability, or none is right or wrong
+    "How well the probabilities of answers fit what was right."
     known = [p for p in predictions if p["probability"] is not None]
-    if not known:
+    if not known or not right:
         return None
-    return calibration_report([p["probability"] for p in known], [p["exact_match"] for p in known], seed=seed)
+    return calibration_report([p["probability"] for p in known], [p[right] for p in known], seed=seed)
 
 # %% ../../nbs/04_evaluation/17_suites.ipynb #3c24f5ea
 def answers_suite(
@@ -50,15 +52,19 @@ def answers_suite(
     encode: Encode | None,  # says how alike two texts are
     seed: int,  # of the intervals
     resamples: int,  # bootstrap samples
-) -> Suite:  # f1, exact_match, the text metrics and probability; means with intervals, and calibration
-    "Text metrics of the answers."
-    scored, summary = score_texts(evaluation.predictions, encode, seed, resamples)
+) -> Suite:  # the task's scores, the text metrics and probability; means with intervals, and calibration
+    "Scores of the answers; labels have no text metrics."
+    task, predictions = evaluation.task, evaluation.predictions
+    if task.answers == "label":
+        summary = summarize_predictions(Asked(task), predictions, seed, resamples)
+        scored = [{"id": p["id"]} for p in predictions]
+    else:
+        scored, summary = score_texts(predictions, encode, seed, resamples)
     rows = []
-    for p, scores in zip(evaluation.predictions, scored, strict=True):
-        texts = {name: score for name, score in scores.items() if name != "id"}
-        rows.append(make_score_row("answers", p["id"], "", f1=p["f1"], exact_match=p["exact_match"], **texts,
-                                   probability=p["probability"]))
-    summary["calibration"] = answer_calibration(evaluation.predictions, seed)
+    for p, texts in zip(predictions, scored, strict=True):
+        scores = {name: p[name] for name in task.scores} | {name: texts[name] for name in texts if name != "id"}
+        rows.append(make_score_row("answers", p["id"], "", **scores, probability=p["probability"]))
+    summary["calibration"] = answer_calibration(predictions, seed, task.right)
     return rows, summary
 
 # %% ../../nbs/04_evaluation/17_suites.ipynb #6001fb10
@@ -145,17 +151,17 @@ def robustness_suite(
     questions: list[dict[str, Any]],  # of the evaluation
     seed: int,  # of perturbations and intervals
     resamples: int,  # bootstrap samples
-) -> Suite:  # F1 in each perturbation, and their mean; what perturbing costs
+) -> Suite:  # the task's first score in each perturbation, and its mean; what perturbing costs
     "Questions of the evaluation, perturbed in six ways; one row per question."
     known = {p["id"]: p["prediction"] for p in evaluation.predictions}
-    max_new_tokens, refusal = evaluation.scores["protocol"]["max_new_tokens"], evaluation.scores["refusal"]
-    scored = score_perturbed(version, questions, max_new_tokens, refusal, seed, known)
-    f1: dict[str, dict[str, float]] = {}
+    max_new_tokens, score = evaluation.scores["protocol"]["max_new_tokens"], evaluation.task.headline
+    scored = score_perturbed(version, questions, max_new_tokens, evaluated_task(evaluation), seed, known)
+    found: dict[str, dict[str, float]] = {}
     for row in scored:
         if row["perturbation"] != "clean":
-            f1.setdefault(row["id"], {})[row["perturbation"]] = row["f1"]
-    rows = [make_score_row("robustness", i, "", f1=sum(s.values()) / len(s), **s) for i, s in f1.items()]
-    return rows, summarize_robustness(scored, seed, resamples)
+            found.setdefault(row["id"], {})[row["perturbation"]] = row[score]
+    rows = [make_score_row("robustness", i, "", **{score: sum(s.values()) / len(s)}, **s) for i, s in found.items()]
+    return rows, summarize_robustness(scored, seed, resamples, score)
 
 # %% ../../nbs/04_evaluation/17_suites.ipynb #7baf5167
 def harness_suite(

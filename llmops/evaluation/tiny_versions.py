@@ -90,7 +90,8 @@ def evaluate_tiny_versions(
 
 def tiny_evaluations() -> Path:  # a folder with four evaluations
     "Four versions of a tiny random model, evaluated for real."
-    names = ("evaluation.logprobs", "evaluation.metrics", "evaluation.tiny_versions", "foundation.answers")
+    names = ("evaluation.logprobs", "evaluation.metrics", "evaluation.tiny_versions", "foundation.answers",
+             "foundation.tasks")
     modules = [find_spec(f"llmops.{name}") for name in names]
     code = [file_digest(module.origin) for module in modules if module and module.origin]
     stamp = json_digest([code, str(input_digest(tiny_model("llama")))])

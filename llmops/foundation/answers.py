@@ -78,10 +78,10 @@ def normalize_answer(
 # %% ../../nbs/00_foundation/10_answers.ipynb #58be8785
 def is_refusal(
     answer: str,  # what was said
-    refusal: str = REFUSAL,  # how the data say that there is no answer
+    refusal: str = REFUSAL,  # how the data say that there is no answer; "" when they never do
 ) -> bool:
     "Whether an answer says that there is none: the one place where that is decided."
-    return normalize_answer(answer) == normalize_answer(refusal)
+    return bool(refusal) and normalize_answer(answer) == normalize_answer(refusal)
 
 # %% ../../nbs/00_foundation/10_answers.ipynb #d5131ae8
 def token_f1(

@@ -287,6 +287,7 @@ def apply_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # looked for below, both ways
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")  # see merging
             tuned = PeftModel.from_pretrained(model, str(path), is_trainable=train)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORD', 'STYLE', 'DECIMAL', 'TOKEN', 'OPERAND', 'WORDS_ALONE', 'SHORTEST', 'TEXT_FIELDS', 'token_kind', 'drop_style',
            'normalize_text', 'text_id', 'split_words', 'group_id', 'word_set', 'shingles', 'jaccard', 'near_copies',
-           'split_of', 'group_texts', 'numbers_and_signs', 'duplicate_of', 'word_runs', 'inverted_index',
+           'split_point', 'split_of', 'group_texts', 'numbers_and_signs', 'duplicate_of', 'word_runs', 'inverted_index',
            'find_near_copies', 'find_overlaps', 'row_texts', 'contaminated_rows', 'benchmark_texts']
 
 # %% ../../nbs/00_foundation/17_curation.ipynb #5ae36c06
@@ -129,15 +129,23 @@ def near_copies(
         index.insert(i, sketch)
     return copies
 
-# %% ../../nbs/00_foundation/17_curation.ipynb #61d26853
+# %% ../../nbs/00_foundation/17_curation.ipynb #79e87a6b
+def split_point(
+    group: str,  # a group's id
+    seed: int,  # another seed, another number
+) -> float:  # 0 to 1, without 1
+    "The number that a group draws: its hash, and nothing else, decides it."
+    return int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:13], 16) / 16**13
+
+
 def split_of(
     group: str,  # a group's id
     seed: int,  # another seed, another split
     test: float,  # share of the groups that are tested on, 0-1
     valid: float,  # share of the groups that are validated on, 0-1
 ) -> str:  # `train`, `valid` or `test`
-    "Where a group goes: its hash as a number from 0 to 1, against two thresholds."
-    u = int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:13], 16) / 16**13
+    "Where a group goes: its number against two thresholds."
+    u = split_point(group, seed)
     if u < test:
         return "test"
     return "valid" if u < test + valid else "train"

@@ -16,6 +16,7 @@ from typing import Any
 from .artifacts import read_manifest
 from .checkpoints import model_path
 from .project import relative_path, resolve_path
+from .prompts import DEFAULT_TASK, TASKS, Task
 from .stats import EvaluationError
 
 # %% ../../nbs/00_foundation/34_evaluations.ipynb #0ef20e94
@@ -33,9 +34,14 @@ class Evaluated:
     parents: tuple[str, ...]  # digests of what it was made from
 
     @property
-    def f1(self) -> list[float]:
-        "F1 of each question."
-        return [p["f1"] for p in self.predictions]
+    def task(self) -> Task:
+        "What was asked; a protocol names every task but the embedded one's."
+        return TASKS[self.scores["protocol"].get("task", DEFAULT_TASK)]
+
+    @property
+    def headline(self) -> list[float]:
+        "The score of each answer that decides between versions."
+        return [float(p[self.task.headline]) for p in self.predictions]
 
     @property
     def gptq(self) -> bool:

@@ -21,7 +21,7 @@ def bootstrap_interval(
     seed: int = 42,  # same seed, same interval
     resamples: int = 9999,  # bootstrap samples
     confidence: float = 0.95,  # coverage, 0 to 1
-) -> tuple[float, float, float]:  # mean, low, high
+) -> tuple[float, float | None, float | None]:  # mean, low, high; one figure has a mean and no interval
     "A mean with its bootstrap interval."
     import numpy as np
     from scipy.stats import bootstrap
@@ -30,7 +30,7 @@ def bootstrap_interval(
         wrong = int((~np.isfinite(x)).sum())
         raise EvaluationError(f"a mean needs finite figures; got {x.size}, {wrong} of them not finite")
     if x.size == 1:
-        return float(x[0]), float(x[0]), float(x[0])
+        return float(x[0]), None, None
     result = bootstrap((x,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile",
                        vectorized=True, batch=1000, rng=np.random.default_rng(seed))
     return float(x.mean()), float(result.confidence_interval.low), float(result.confidence_interval.high)
@@ -41,7 +41,7 @@ def named_interval(
     values: "list[float] | np.ndarray",  # one figure per question
     seed: int = 42,  # same seed, same interval
     resamples: int = 9999,  # bootstrap samples
-) -> dict[str, float]:  # `name`, `name_low` and `name_high`
+) -> dict[str, float | None]:  # `name`, `name_low` and `name_high`
     "A mean with its 95% interval, by name."
     mean, low, high = bootstrap_interval(values, seed, resamples)
     return {name: mean, f"{name}_low": low, f"{name}_high": high}

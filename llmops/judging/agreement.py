@@ -217,11 +217,11 @@ def grade_bias(
     difference: "np.ndarray",  # rater's grades minus the others' mean
     seed: int,  # of the bootstrap
     resamples: int,  # bootstrap samples
-) -> dict[str, float]:  # value (mean difference), off (mean distance), and low and high from five items on
+) -> dict[str, float | None]:  # value (mean difference), off (mean distance), and low and high from five items on
     "Whether a rater is lenient (above 0) or strict (below 0)."
     import numpy as np
     mean, low, high = bootstrap_interval(difference, seed, resamples)
-    bias = {"value": mean, "off": float(np.abs(difference).mean())}
+    bias: dict[str, float | None] = {"value": mean, "off": float(np.abs(difference).mean())}
     return bias | {"low": low, "high": high} if len(difference) >= 5 else bias
 
 # %% ../../nbs/05_judging/01_agreement.ipynb #07f5c17b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUBRIC', 'KIND', 'check_comparable', 'study_rows', 'HumanParams', 'HumanResult', 'invite_raters', 'run_human',
-           'report_votes', 'command_line', 'main']
+           'describe_pairs', 'report_votes', 'command_line', 'main']
 
 # %% ../../nbs/05_judging/14_human.ipynb #ae478761
 import argparse
@@ -21,6 +21,7 @@ from ..evaluation.scores import evaluated_rows, evaluation_path
 from ..foundation.artifacts import ArtifactError, read_manifest, seal, working_folder
 from ..foundation.evaluations import Evaluated, check_protocols, read_evaluation
 from ..foundation.project import from_cell, relative_path, seed_everything, stage_params
+from ..foundation.report import count_noun
 from ..foundation.stats import EvaluationError
 from ..foundation.tracking import UNTRACKED, Run, track
 from .analysis import analyse_votes
@@ -97,14 +98,16 @@ class HumanResult:
     text: str  # the report, or what to do next
     metrics: dict[str, Any]  # tasks and votes
 
-# %% ../../nbs/05_judging/14_human.ipynb #c2fd3c28
+# %% ../../nbs/05_judging/14_human.ipynb #f32b7c07
 def invite_raters(
     study: Study,  # who rates what
     out: str,  # where the study is going to be
 ) -> str:  # Markdown
     "What to do with a study that nobody has rated."
-    kinds = Counter(task.kind for task in study.tasks.values())
-    return (f"{kinds['pair']} comparisons and {kinds['grade']} answers to grade, for "
+    kinds = Counter[str](task.kind for task in study.tasks.values())
+    tasks = {"pair": count_noun(kinds["pair"], "comparison"),
+             "grade": f"{count_noun(kinds['grade'], 'answer')} to grade"}
+    return (f"{' and '.join(text for kind, text in tasks.items() if kinds[kind])}, for "
             f"{escape_markdown(', '.join(study.raters))}; no votes yet. "
             f"`python -m llmops.judging.human serve {out}` prints the raters' links.")
 
@@ -134,6 +137,19 @@ def run_human(
     log.summary(metrics)
     return HumanResult(work, inputs, study, report, text, metrics)
 
+# %% ../../nbs/05_judging/14_human.ipynb #e79128ba
+def describe_pairs(
+    pairs: int,  # preference pairs that were written
+    ties: int,  # pairs without a majority
+    file: str,  # where they are
+) -> str:  # one to three sentences
+    "What the votes give as preference data."
+    left_out = f"{ties} without a majority {'was' if ties == 1 else 'were'} left out."
+    if not pairs:
+        return "No answer was preferred by a majority, so there are no preference data."
+    return (f"{count_noun(pairs, 'pair')} as preference data in {file}{f'; {left_out}' if ties else '.'} "
+            "Who trains on them can no longer be evaluated on these questions.")
+
 # %% ../../nbs/05_judging/14_human.ipynb #d334cc78
 def report_votes(
     folder: str,  # a study's folder
@@ -146,9 +162,8 @@ def report_votes(
     tally, bad = read_votes(votes / "votes.jsonl", study, set_aside)
     analysis = analyse_votes(tally, bad, params.get("margin", 0.0), study.seed, params.get("resamples", 999))
     pairs, ties = write_report(tally, analysis, votes)
-    return (f"{report_markdown(analysis, study)}\n{pairs} pairs as preference data in "
-            f"{relative_path(votes)}/preferences.jsonl; {ties} without a majority were left out. "
-            "Who trains on them can no longer be evaluated on these questions.")
+    file = f"{relative_path(votes)}/preferences.jsonl"
+    return f"{report_markdown(analysis, study)}\n{describe_pairs(pairs, ties, file)}"
 
 # %% ../../nbs/05_judging/14_human.ipynb #b2e3cbf0
 def command_line() -> argparse.ArgumentParser:

@@ -246,7 +246,7 @@ def held_out_pairs(
 # %% ../../nbs/05_judging/06_offline.ipynb #4590ca45
 def offline_pairwise_accuracy(
     seed: int = 42,  # of split and bootstrap
-) -> dict[str, float]:  # pairs, articles, accuracy, low, high
+) -> dict[str, float | None]:  # pairs, articles, accuracy, low, high
     "How often the offline judge prefers the true sentence, on held-out articles. Equal probabilities count half."
     pairs, judge = held_out_pairs(seed), offline_judge("consistent", seed)
     right = judge([(row.request, row.response) for row, _ in pairs])

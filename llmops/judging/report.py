@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['escape_markdown', 'format_figure', 'describe_decision', 'describe_preference', 'preference_section', 'grade_section',
            'describe_alpha', 'kappa_table', 'reliability_table', 'describe_disagreement', 'agreement_section',
-           'rater_section', 'report_introduction', 'report_markdown', 'write_report']
+           'rater_section', 'describe_overlap', 'report_introduction', 'report_markdown', 'write_report']
 
 # %% ../../nbs/05_judging/13_report.ipynb #ee31b094
 import html
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..foundation.reading import write_jsonl
-from ..foundation.report import markdown_table, write_json
+from ..foundation.report import count_noun, markdown_table, write_json
 from .analysis import list_judgments
 from .preference_data import preference_pairs, scores_by_question
 from .rating import Kind, Study
@@ -57,9 +57,9 @@ def describe_decision(
         return f"The interval lies {side} {bound}: this is settled."
     if preference["more"] is None:
         return f"The win rate is exactly {bound}: as things stand no number of ratings would settle it."
-    return (f"The interval includes {bound}: not settled. If the win rate stays as it is, about "
-            f"{preference['more']:,} more questions ({preference['more_votes']:,} votes) would settle it with a chance "
-            "of 80%.")
+    more = f"{count_noun(preference['more'], 'more question')} ({count_noun(preference['more_votes'], 'vote')})"
+    return (f"The interval includes {bound}: not settled. If the win rate stays as it is, about {more} would settle it "
+            "with a chance of 80%.")
 
 # %% ../../nbs/05_judging/13_report.ipynb #036d525b
 def describe_preference(
@@ -69,8 +69,8 @@ def describe_preference(
     "What people prefer."
     p = preference
     rate = format_figure(p["share"], ".0%", p["low"], p["high"])
-    text = (f"`{p['first']}` against `{p['second']}`: win rate {rate} on {p['questions']} questions "
-            f"({p['votes']} votes: {p['wins']} won, {p['ties']} tied, {p['losses']} lost). ")
+    text = (f"`{p['first']}` against `{p['second']}`: win rate {rate} on {count_noun(p['questions'], 'question')} "
+            f"({count_noun(p['votes'], 'vote')}: {p['wins']} won, {p['ties']} tied, {p['losses']} lost). ")
     if p["equal_answers"]:
         of_all = format_figure(p["share_of_all"], ".0%", p["low_of_all"], p["high_of_all"])
         text += (f"Their answers are equal on {p['equal_answers']:.0%} of all questions; with those as ties it is "
@@ -117,13 +117,15 @@ def describe_alpha(
         rule = "reliable" if value >= 0.8 else "good for tentative conclusions"
     note = f" {alpha['note']}." if alpha["note"] else ""
     figure = format_figure(value, ".2f", alpha["low"], alpha["high"])
-    return f"{figure} on {alpha['n']} items rated by two or more: {rule}.{note}"
+    return f"{figure} on {count_noun(alpha['n'], 'item')} rated by two or more: {rule}.{note}"
 
 # %% ../../nbs/05_judging/13_report.ipynb #4557ddca
 def kappa_table(
     kappas: Sequence[dict[str, Any]],  # of `pairwise_kappa`
 ) -> str:  # Markdown
     "Cohen's kappa of every two raters."
+    if not kappas:
+        return "Only one person has rated these, so that nobody can be compared with another.\n"
     rows = []
     for k in kappas:
         same = format_figure(k["same"], ".0%")
@@ -171,7 +173,9 @@ def agreement_section(
         return ""
     parts = [f"### Agreement on {kind}s\n",
              f"Krippendorff's alpha ({agreement['level']}): {describe_alpha(agreement['alpha'])}\n",
-             kappa_table(agreement["kappas"]), reliability_table(agreement["reliability"], kind)]
+             kappa_table(agreement["kappas"])]
+    if agreement["kappas"]:
+        parts.append(reliability_table(agreement["reliability"], kind))
     lines = [describe_disagreement(item, study) for item in agreement["disagreements"]]
     if lines:
         parts.append("To talk about:\n\n" + "\n".join(lines) + "\n")
@@ -189,14 +193,25 @@ def rater_section(
                      left, format_figure(r["ties"], ".0%")))
     return "### Raters\n\n" + markdown_table(["rater", "votes", "seconds", "left", "ties"], rows)
 
+# %% ../../nbs/05_judging/13_report.ipynb #ec22e2e8
+def describe_overlap(
+    study: Study,  # the plan
+) -> str:  # a part of a sentence
+    "How many of the tasks were dealt to every rater."
+    if len(study.raters) == 1:
+        return f"the one rater has {count_noun(len(study.tasks), 'task')}"
+    dealt = [{task for task, _ in own} for own in study.order.values()]
+    return f"{len(set.intersection(*dealt)):,} of {count_noun(len(study.tasks), 'task')} went to everybody"
+
 # %% ../../nbs/05_judging/13_report.ipynb #b8b89e8e
 def report_introduction(
     analysis: dict[str, Any],  # of `analyse_votes`
+    study: Study,  # the plan
 ) -> str:  # Markdown
     "How many votes there are, and which lines of the log are not among them."
     versions = " and ".join(f"`{version}`" for version in analysis["versions"])
-    text = (f"{analysis['votes']} votes stand ({analysis['undone']} undone) on {versions}; "
-            f"{analysis['overlap']:.0%} of the tasks went to everybody.\n")
+    votes = f"{count_noun(analysis['votes'], 'vote')} {'stands' if analysis['votes'] == 1 else 'stand'}"
+    text = f"{votes} ({analysis['undone']} undone) on {versions}; {describe_overlap(study)}.\n"
     if analysis["set_aside"]:
         lines = "\n".join(f"- {escape_markdown(error)}" for error in analysis["set_aside"])
         text += f"\nLines of the log that could not be used and are not counted:\n\n{lines}\n"
@@ -208,7 +223,7 @@ def report_markdown(
     study: Study,  # the plan
 ) -> str:  # Markdown
     "The report."
-    sections = [report_introduction(analysis), preference_section(analysis), grade_section(analysis)]
+    sections = [report_introduction(analysis, study), preference_section(analysis), grade_section(analysis)]
     for kind, agreement in analysis["agreement"].items():
         sections.append(agreement_section(agreement, kind, study))
     sections.append(rater_section(analysis["raters"]))

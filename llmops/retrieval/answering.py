@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KIND', 'ModelName', 'CORPORA', 'USAGE', 'AnsweringParams', 'gold_documents', 'Exam', 'prepare_exam',
            'without_retrieval', 'fit_threshold', 'context_figures', 'score_aucs', 'with_retrieval', 'attack_model',
-           'evaluate_model', 'compare_with_first', 'AnsweringResult', 'input_models', 'run_answering', 'show_answering',
-           'write_answering_report', 'main']
+           'evaluate_model', 'compare_with_first', 'AnsweringResult', 'input_models', 'describe_gold', 'run_answering',
+           'show_answering', 'write_answering_report', 'main']
 
 # %% ../../nbs/03_retrieval/25_answering.ipynb #1b59eaf1
 import random
@@ -24,10 +24,10 @@ from ..foundation.cache import cache_key
 from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import load_model
-from ..foundation.project import from_cell, resolve_path, seed_everything, stage_params
+from ..foundation.project import ParamError, from_cell, resolve_path, seed_everything, stage_params
 from ..foundation.prompts import INSTRUCTION, build_prompt
 from ..foundation.reading import Row, read_rows, write_jsonl
-from ..foundation.report import write_json
+from ..foundation.report import count_noun, show_table, show_value, write_json
 from ..foundation.stats import named_interval, roc_auc
 from ..foundation.tracking import UNTRACKED, Run, track
 from .answering_report import answer_table, answering_report, read_json, trust_table
@@ -90,10 +90,12 @@ class Exam:
 def prepare_exam(
     cfg: AnsweringParams,  # the stage's parameters
 ) -> Exam:
-    "Resolve what the stage reads, once for all models."
+    "Resolve what the stage reads, once for all models. Raises `ParamError` when there is nothing to ask."
     data, retrieval = dataset_path(cfg.data), retrieval_path(cfg.retrieval)
     params = read_manifest(data)["params"]
     rows = read_split(data, "test")[:cfg.questions or None]
+    if not rows:
+        raise ParamError(f"data: the test split of {cfg.data} is empty, so there is nothing to ask")
     gold = gold_documents(retrieval, "test") | gold_documents(retrieval, "valid")
     return Exam(cfg, data, retrieval, params.get("instruction", INSTRUCTION), params.get("unknown", "unknown"), rows,
                 read_split(data, "valid"), gold)
@@ -175,12 +177,15 @@ def attack_model(
     retrieved: Retrieved,  # test questions with what was packed
     ask_model: AskModel,  # prompts -> answers
     count: Callable[[str], int],  # text -> tokens
-) -> dict[str, Any]:  # of `injection_rates`
+) -> dict[str, Any]:  # of `injection_rates`; empty when no prompt holds a passage that could carry an attack
     "Try the attacks on a few questions, answerable ones where there are any."
     cfg = exam.cfg
     texts = [row["text"] for _, row in read_rows(cfg.attacks)]
     answerable = [pair for pair in retrieved if pair[0]["answerable"]]
-    picked = random.Random(cfg.seed).sample(answerable or retrieved, cfg.attacked_questions)
+    open_to_attack = answerable or [pair for pair in retrieved if pair[1].used]
+    if not open_to_attack:
+        return {}
+    picked = random.Random(cfg.seed).sample(open_to_attack, min(cfg.attacked_questions, len(open_to_attack)))
     return injection_rates(ask_model, picked, texts, exam.instruction, cfg.context_tokens, count)
 
 # %% ../../nbs/03_retrieval/25_answering.ipynb #9fdf11b8
@@ -202,8 +207,8 @@ def evaluate_model(
     scores = without_retrieval(exam, ask_model)
     from_passages, predictions = with_retrieval(exam, retrieved, fit_threshold(exam, valid, ask_model), ask_model)
     scores |= from_passages | {"context": context_figures(retrieved)}
-    if cfg.attacks:
-        scores["injection"] = attack_model(exam, retrieved, ask_model, count)
+    if cfg.attacks and (effects := attack_model(exam, retrieved, ask_model, count)):
+        scores["injection"] = effects
     return scores, predictions
 
 # %% ../../nbs/03_retrieval/25_answering.ipynb #7119044e
@@ -241,6 +246,19 @@ def input_models(
         inputs[f"model {name}"] = model_path(ref) if ref.startswith("tiny:") else ref
     return inputs
 
+# %% ../../nbs/03_retrieval/25_answering.ipynb #213beb40
+def describe_gold(
+    result: AnsweringResult,  # with the retrieval artifact that was answered from
+) -> str:  # a sentence
+    "How many questions have a document that answers them: only those say something about the search."
+    asked = next(iter(result.predictions.values()))
+    gold = gold_documents(Path(result.inputs["retrieval"]), "test")
+    without, questions = sum(not gold[p["id"]] for p in asked), count_noun(len(asked), "question")
+    if not without:
+        return f"{questions}, each with a gold document in the corpus."
+    return (f"{questions}, {without:,} without a gold document in the corpus. Where there is none, `not retrieved` "
+            "does not tell against the search, and whether a citation is the right one is not known.")
+
 # %% ../../nbs/03_retrieval/25_answering.ipynb #32cc7471
 def run_answering(
     cfg: AnsweringParams,  # the stage's parameters
@@ -274,7 +292,7 @@ def show_answering(
     "Print the tables of a run. Raises `ArtifactError` when the folder is no such artifact."
     read_manifest(folder, KIND)
     scores = read_json(folder, "scores.json")
-    print(answer_table(scores).to_string(), trust_table(scores).T.to_string(), sep="\n\n")
+    print(answer_table(scores).to_string(), trust_table(scores).T.map(show_value).to_string(), sep="\n\n")
 
 # %% ../../nbs/03_retrieval/25_answering.ipynb #6cac03f8
 def write_answering_report(

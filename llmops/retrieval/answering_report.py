@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..foundation.project import resolve_path
-from ..foundation.report import format_number, markdown_table
+from ..foundation.report import count_noun, format_number, markdown_table
 from .retrieval import search_table
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def answer_table(
                       "retrieved": interval_text(plain), "difference to the first": interval_text(plain, "difference"),
                       "with threshold": interval_text(with_threshold),
                       "difference with threshold": interval_text(with_threshold, "difference")}
-    return pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T
+    return table.loc[:, table.ne("").any()]  # one model is compared with none
 
 # %% ../../nbs/03_retrieval/24_answering_report.ipynb #6d66bf40
 def trust_table(
@@ -69,7 +70,7 @@ def frame_to_markdown(
 ) -> str:  # Markdown
     "A table with its row names as Markdown; figures with three decimals."
     def cell(value: Any) -> str:
-        if value is None:
+        if value is None or value != value:
             return "–"
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
@@ -83,10 +84,11 @@ def search_speed(
     times: dict[str, Any],  # `metrics.json` of a retrieval artifact
 ) -> str:  # two sentences
     "How long an index takes to build, to ask and to change."
-    return (f"Built in {times['build_seconds']:.0f} s ({times['embedded']:,} texts embedded), looked through again in "
-            f"{times['rebuild_seconds']:.1f} s. A query takes {times['query_p50_ms']:.0f} ms "
-            f"(p95 {times['query_p95_ms']:.0f}), its embedding included; a document is added in "
-            f"{times['add_ms']:.0f} ms and deleted in {times['delete_ms']:.0f}.")
+    p95 = f" (p95 {times['query_p95_ms']:.0f})" if "query_p95_ms" in times else ""
+    return (f"Built in {times['build_seconds']:.0f} s ({count_noun(times['embedded'], 'text')} embedded), looked "
+            f"through again in {times['rebuild_seconds']:.1f} s. A query takes {times['query_p50_ms']:.0f} ms{p95}, "
+            f"its embedding included; a document is added in {times['add_ms']:.0f} ms and deleted in "
+            f"{times['delete_ms']:.0f}.")
 
 # %% ../../nbs/03_retrieval/24_answering_report.ipynb #fb941aed
 def read_json(
@@ -103,10 +105,16 @@ def search_report(
 ) -> str:  # Markdown
     "How well a corpus is searched, and how fast."
     scores = read_json(folder, "scores.json")
-    table = frame_to_markdown(search_table(scores, "all").round(3), "search")
-    corpus = (f"**{name}**: {scores['documents']:,} documents, {scores['chunks']:,} chunks; every question, those that "
-              f"the weight ({scores['weight']}) was tuned on among them, the test questions alone in the notebook.")
-    return f"{corpus}\n\n{table}\n\n{search_speed(read_json(folder, 'metrics.json'))}"
+    searches = search_table(scores, "all")
+    corpus = f"**{name}**: {count_noun(scores['documents'], 'document')}, {count_noun(scores['chunks'], 'chunk')}; "
+    speed = search_speed(read_json(folder, "metrics.json"))
+    if searches.empty:
+        return f"{corpus}no question has a gold document in it, so no search was measured.\n\n{speed}"
+    tuned = read_json(folder, "tuning.json")
+    weight = f"those that the weight ({scores['weight']}) was tuned on among them, " if tuned else (
+        f"with a weight of {scores['weight']}, which was not tuned, ")
+    corpus += f"every question, {weight}the test questions alone in the notebook."
+    return f"{corpus}\n\n{frame_to_markdown(searches, 'search')}\n\n{speed}"
 
 # %% ../../nbs/03_retrieval/24_answering_report.ipynb #0ca6c838
 def answering_report(

@@ -21,6 +21,7 @@ from ..foundation.artifacts import resolve_source, seal, working_folder
 from ..foundation.decoding import DataError
 from ..foundation.project import from_cell, relative_path, seed_everything, stage_params
 from ..foundation.reading import write_jsonl
+from ..foundation.report import count_noun
 from ..foundation.tracking import UNTRACKED, Run, track
 
 # %% ../../nbs/03_retrieval/26_bank.ipynb #26b58490
@@ -83,8 +84,10 @@ def read_list(
 def read_documents(
     folder: Path,  # a tau2 domain
 ) -> list[dict[str, str]]:  # id, title and text
-    "The documents of a domain. Raises `DataError` when two have one id."
+    "The documents of a domain. Raises `DataError` when there is none, or when two have one id."
     policies = read_list(folder / DOCUMENTS, Policy)
+    if not policies:
+        raise DataError(f"{relative_path(folder / DOCUMENTS)}: holds no document")
     ids = [policy.id for policy in policies]
     if twice := [name for name in ids if ids.count(name) > 1]:
         raise DataError(f"{relative_path(folder / DOCUMENTS)}: the id {twice[0]} comes twice")

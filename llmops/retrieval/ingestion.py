@@ -273,7 +273,7 @@ def file_fault(
         return UnreadableFile(name, f"cannot be read: {error.strerror or error}")
     return UnreadableFile(name, f"cannot be read ({type(error).__name__}: {str(error)[:100]})")
 
-# %% ../../nbs/03_retrieval/10_ingestion.ipynb #8ef9700e
+# %% ../../nbs/03_retrieval/10_ingestion.ipynb #e16de3d5
 def read_document(
     path: Path,  # a file
     root: Path | None = None,  # the corpus folder; None: the file's own
@@ -284,10 +284,11 @@ def read_document(
     encoding: str | None = None,  # of text files that have no mark; None: found out
     problems: list[Report] | None = None,  # rows without text are added here; None: the first is an error
     name: str | None = None,  # its id; None: its path below the corpus folder
+    text_template: str = "",  # of rows: how one without the column of text is written
 ) -> list[Document]:  # one, or one for each row
     "The documents of one file. Raises `UnreadableFile` when it cannot be used."
     name = name or relative_name(path, root or path.parent)
-    fields = RowFields(text_field, id_field, title_field)
+    fields = RowFields(text_field, id_field, title_field, text_template)
     try:
         check_file(path, name, max_mb)
         if file_suffix(path) in ROW_SUFFIXES:
@@ -374,7 +375,7 @@ def read_files(
             problems += report_attachments(document) + report_left_out(document)
     return found, problems
 
-# %% ../../nbs/03_retrieval/10_ingestion.ipynb #c166da65
+# %% ../../nbs/03_retrieval/10_ingestion.ipynb #67b39ab8
 def read_corpus(
     ref: str,  # local file or folder, `package:NAME/PATH`, or Hub dataset id
     files: str = "**/*",  # which files of a folder
@@ -382,6 +383,7 @@ def read_corpus(
     text_field: str = "text",  # of rows: the column with the text
     id_field: str = "id",  # of rows: the column with the id
     title_field: str = "title",  # of rows: the column with the title
+    text_template: str = "",  # of rows: how one without the column of text is written, e.g. `{name}: {price}`
     skip: Literal["error", "report"] = "report",  # a file that cannot be used: stop, or go on and report it
     max_mb: float = 64,  # a larger file is not used, 10^6 bytes
     encoding: str | None = None,  # of text files that are neither UTF-8 nor told apart from the rest
@@ -391,7 +393,7 @@ def read_corpus(
     check_choices(skip, encoding)
     root, paths, left_out = corpus_files(ref, files)
     read = partial(read_document, root=root, text_field=text_field, id_field=id_field, title_field=title_field,
-                   max_mb=max_mb, encoding=encoding)
+                   max_mb=max_mb, encoding=encoding, text_template=text_template)
     named = list(zip(paths, document_names(paths, root), strict=True))
     found, problems = read_files(named, read, skip, progress)
     check_found(ref, found, len(paths), problems)

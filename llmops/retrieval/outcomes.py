@@ -42,11 +42,11 @@ def evidence_fields(
     citations: list[Citation],  # of the answer
     given: bool,  # whether the answer is given
     gold: set[str],  # the documents that people marked for the question
-) -> dict[str, Any]:  # `citations` as JSON, and `cites_gold`, None for a refusal
+) -> dict[str, Any]:  # `citations` as JSON, and `cites_gold`, None for a refusal and without a marked document
     "What an answer cites, and whether its first citation names a marked document."
     if not given:
         return {"citations": [], "cites_gold": None}
-    cites_gold = bool(citations and citations[0].document in gold)
+    cites_gold = bool(citations and citations[0].document in gold) if gold else None
     return {"citations": [asdict(citation) for citation in citations], "cites_gold": cites_gold}
 
 # %% ../../nbs/03_retrieval/22_outcomes.ipynb #fbc1d5f5
@@ -91,6 +91,7 @@ def summarize_evidence(
     rightly = sum(p["refused"] for p in due)
     outcomes = {outcome: sum(p["kind"] == outcome for p in predictions) for outcome in OUTCOMES}
     scores: dict[str, Any] = named_interval("f1", [p["f1"] for p in predictions], seed, resamples)
-    return scores | {"given": len(cited), "citation_precision": ratio_or_none(sum(cited), len(cited)),
+    given = sum(bool(p["citations"]) for p in predictions)  # every answer that is given is cited
+    return scores | {"given": given, "citation_precision": ratio_or_none(sum(cited), len(cited)),
                      "abstention_precision": ratio_or_none(rightly, len(refused)),
                      "abstention_recall": ratio_or_none(rightly, len(due)), "kinds": outcomes}

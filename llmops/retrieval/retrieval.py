@@ -6,7 +6,8 @@
 __all__ = ['KIND', 'VOLATILE_FILES', 'DEFAULT_WEIGHT', 'TINY_RETRIEVAL', 'RetrievalParams', 'drop_duplicates', 'keep_labels',
            'list_corpora', 'load_corpus', 'select_encoder', 'load_questions', 'chunk_size', 'build_index',
            'propose_candidates', 'choose_weight', 'evaluate_search', 'passage_row', 'write_contexts', 'describe_corpus',
-           'RetrievalResult', 'list_inputs', 'run_retrieval', 'make_tiny_retrieval', 'retrieval_path']
+           'RetrievalResult', 'list_inputs', 'run_retrieval', 'describe_weight', 'describe_missed', 'describe_sources',
+           'make_tiny_retrieval', 'retrieval_path']
 
 # %% ../../nbs/03_retrieval/20_retrieval.ipynb #1acf9e16
 import math
@@ -24,7 +25,7 @@ from ..foundation.curation import text_id
 from ..foundation.datasets import dataset_path
 from ..foundation.project import ParamError, from_cell, resolve_path, seed_everything, stage_params
 from ..foundation.reading import write_jsonl
-from ..foundation.report import write_json
+from ..foundation.report import count_noun, show_table, write_json
 from ..foundation.tracking import UNTRACKED, Run, track
 from .documents import Document
 from .embedding import ENGLISH_MODEL, MULTILINGUAL_MODEL, load_encoder
@@ -42,13 +43,14 @@ KIND = "retrieval"
 VOLATILE_FILES = ("index/",)  # LanceDB names its files at random
 DEFAULT_WEIGHT = 1.0  # of the cosine, where there are no training questions to tune it on
 
-# %% ../../nbs/03_retrieval/20_retrieval.ipynb #0c687983
+# %% ../../nbs/03_retrieval/20_retrieval.ipynb #5609500e
 @stage_params
 class RetrievalParams:
     "Parameters of the retrieval stage."
     corpus: str | list[str] = EMBEDDED_DATA  # folder, file, `package:NAME/PATH` or Hub dataset id; or several of them
     files: str = "**/*"  # which files of a folder
     text_field: str = "text"  # of JSONL, CSV and Parquet rows: the column with the text
+    text_template: str = ""  # how a row without that column is written, e.g. `{name}: {price}`; "" refuses it
     id_field: str = "id"  # the column with the id; rows without it are named by their line
     title_field: str = "title"  # the column with the title
     labels: list[str] | None = None  # metadata to filter by: further columns, front matter; all when null
@@ -109,7 +111,7 @@ def list_corpora(
     "The corpora to read."
     return [corpus] if isinstance(corpus, str) else corpus
 
-# %% ../../nbs/03_retrieval/20_retrieval.ipynb #5be0a174
+# %% ../../nbs/03_retrieval/20_retrieval.ipynb #276607e4
 def load_corpus(
     cfg: RetrievalParams,  # corpus, files, fields, labels, limit
 ) -> tuple[list[Document], list[dict[str, str]]]:  # documents by id; `file` and `reason` of what was not used
@@ -117,7 +119,8 @@ def load_corpus(
     documents: list[Document] = []
     unused: list[dict[str, str]] = []
     for ref in list_corpora(cfg.corpus):
-        part, problems = read_corpus(ref, cfg.files, text_field=cfg.text_field, id_field=cfg.id_field,
+        part, problems = read_corpus(ref, cfg.files, text_field=cfg.text_field,
+                                     text_template=cfg.text_template, id_field=cfg.id_field,
                                      title_field=cfg.title_field, max_mb=cfg.max_mb)
         documents += part
         unused += problems
@@ -202,8 +205,6 @@ def choose_weight(
     train = [(hits, q.gold) for q, hits in zip(questions, candidates, strict=True) if q.split == "train" and q.gold]
     if train:
         return tune_weight([hits for hits, _ in train], [gold for _, gold in train])
-    if questions:
-        print(f"no training question has its gold document in the corpus: the weight stays at {DEFAULT_WEIGHT:g}")
     return DEFAULT_WEIGHT, []
 
 # %% ../../nbs/03_retrieval/20_retrieval.ipynb #405b3fe4
@@ -245,7 +246,7 @@ def write_contexts(
     "Keep the first chunks of every question, for answering and for fine-tuning."
     (work / "contexts").mkdir()
     reranker = load_reranker(cfg.reranker) if cfg.reranker else None
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in ("train", "valid", "test") if cfg.data}
     for question, found in zip(questions, candidates, strict=True):
         hits = fetch_columns(index, rank_hits(found, weight)[:max(20, cfg.context_chunks)])
         if reranker:
@@ -325,6 +326,52 @@ def run_retrieval(
         log.summary(metrics | {"chunks": scores["chunks"]})
     inputs = list_inputs(cfg, index.settings["encoder"])
     return RetrievalResult(work, inputs, index, scores, metrics, tuning, missed, unused)
+
+# %% ../../nbs/03_retrieval/20_retrieval.ipynb #edb62502
+def describe_weight(
+    cfg: RetrievalParams,  # the weight as it was set
+    result: RetrievalResult,  # the weight that was taken, and what chose it
+) -> str:  # one sentence
+    "Where the weight of the cosine comes from."
+    weight = f"The weight of the cosine beside BM25 is {result.scores['weight']}"
+    if cfg.weight is not None:
+        return f"{weight}, as it was set."
+    if result.tuning:
+        questions = result.scores["search"]["hybrid"]["train"]["questions"]
+        return f"{weight}, the best of {len(result.tuning)} on {count_noun(questions, 'training question')}."
+    asked = result.scores["questions"]
+    return f"{weight}, the default: {'no training question has a gold document' if asked else 'nothing is asked'}."
+
+# %% ../../nbs/03_retrieval/20_retrieval.ipynb #18820d18
+def describe_missed(
+    result: RetrievalResult,  # with the test questions that found nothing
+) -> str:  # one sentence
+    "How many test questions found a gold document."
+    figures = result.scores.get("search", {}).get("hybrid", {})
+    measured, missed = figures.get("test", {}).get("questions", 0), len(result.missed)
+    if not measured:
+        return "No test question has a gold document in the corpus, so none can be said to have found or missed it."
+    if missed:
+        return f"{missed:,} of {count_noun(measured, 'test question')} found no gold document among the first ten:"
+    found = f"Each of {measured:,} test questions" if measured > 1 else "The one test question with a gold document"
+    return f"{found} found one among the first ten."
+
+# %% ../../nbs/03_retrieval/20_retrieval.ipynb #f18cabfa
+def describe_sources(
+    cfg: RetrievalParams,  # limit
+    result: RetrievalResult,  # what was indexed, and what was not
+) -> str:  # a line each
+    "What was indexed, how many questions can measure its search, and what was left out."
+    scores, without = result.scores, result.scores["without_gold"]
+    lines = [f"{count_noun(scores['documents'], 'document')}, {count_noun(scores['chunks'], 'chunk')}"]
+    if scores["questions"]:
+        gold = f"{without:,} without a gold document here" if without else "each with a gold document"
+        lines.append(f"{count_noun(scores['questions'], 'question')}, {gold}")
+    if cfg.limit and scores["documents"] == cfg.limit:
+        lines.append(f"no more than {count_noun(cfg.limit, 'document')} taken, as `limit` says")
+    unused = count_noun(len(result.unused), "file or row", "files or rows")
+    lines.append(f"left out: {unused}, for these reasons" if result.unused else "no file or row had to be left out")
+    return "\n".join(lines)
 
 # %% ../../nbs/03_retrieval/20_retrieval.ipynb #a4d0e6cd
 TINY_RETRIEVAL = "tiny:retrieval"

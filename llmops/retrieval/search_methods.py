@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..foundation.report import format_interval
 from .index import Hit
 from .documents import Document
 from .questions import Question
@@ -108,7 +109,7 @@ def list_missed(
 def search_table(
     scores: dict[str, Any],  # of the stage
     split: str = "test",  # test, valid, train or all
-) -> "pd.DataFrame":  # a row per method
+) -> "pd.DataFrame":  # a row per method; empty when no question of the split has a gold document
     "The searches side by side."
     import pandas as pd
     rows = {}
@@ -116,6 +117,6 @@ def search_table(
         if split in by_split:
             f = by_split[split]
             rows[method] = {"recall@1": f["recall@1"], "recall@5": f["recall@5"],
-                            "95%": f"{f['recall@5_low']:.3f} to {f['recall@5_high']:.3f}", "recall@10": f["recall@10"],
+                            "95%": format_interval(f["recall@5_low"], f["recall@5_high"]), "recall@10": f["recall@10"],
                             "MRR": f["mrr"], "nDCG@10": f["ndcg@10"], "questions": f["questions"]}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)

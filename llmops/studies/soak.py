@@ -7,7 +7,7 @@ __all__ = ['ENGINES', 'SLOTS', 'RESULTS', 'tiny_server', 'Leaver', 'draw_leavers
            'leave_early', 'time_next', 'wait_until_idle', 'held_by', 'soak_leavers', 'ask_once', 'Sequence',
            'ask_in_a_row', 'soak_sequences', 'save_engine', 'soak_engine', 'main']
 
-# %% ../../nbs/11_studies/11_soak.ipynb #68718b83
+# %% ../../nbs/11_studies/11_soak.ipynb #313d40f1
 import argparse
 import json
 import random
@@ -30,10 +30,11 @@ import httpx
 from ..compression.quantization import QuantizationParams, run_quantization
 from ..compression.repack import repack_checkpoint
 from ..deployment.serving import ServingParams, describe_serving, open_client, resolve_inputs, run_server
+from ..deployment.streaming import LIMITS
 from ..foundation.project import resolve_path
 from ..foundation.report import write_json
 
-# %% ../../nbs/11_studies/11_soak.ipynb #c6a91440
+# %% ../../nbs/11_studies/11_soak.ipynb #4be03e04
 ENGINES = ("llamacpp", "transformers")
 SLOTS = 4  # conversations that llama.cpp answers at once
 
@@ -49,7 +50,7 @@ def tiny_server(
             model = str(run_quantization(QuantizationParams(method="rtn", out=f"{name}/gptq")).work)
             repack_checkpoint(Path(model), folder / "model.gguf")
         inputs = resolve_inputs(ServingParams(model=model))
-        write_json(folder / "serving.json", describe_serving(inputs, engine, "it is what is tried", SLOTS))
+        write_json(folder / "serving.json", describe_serving(inputs, engine, "it is what is tried", SLOTS, LIMITS))
         with run_server(folder, threads=1) as server:
             yield server
 

@@ -136,16 +136,19 @@ def prepare_run(
     start_metadata(nb, first)
     return run
 
-# %% ../../nbs/12_tools/05_batch.ipynb #b6824f22
+# %% ../../nbs/12_tools/05_batch.ipynb #22eebac5
 def make_output_folder(
     output: str,  # where papermill writes an executed notebook; an address stays as it is
 ) -> None:
-    "Make the folder of an executed notebook, which papermill does not."
+    "Make the folder of an executed notebook, which papermill does not. A file that DVC's cache shares is let go."
     from papermill.iorw import papermill_io
     if "://" not in output:
         base = getattr(papermill_io.get_handler(output), "_cwd", None) or "."  # papermill's --cwd moves us
         folder = os.path.realpath((Path(base) / output).parent)  # a link may lead to a folder that is not there yet
         Path(folder).mkdir(parents=True, exist_ok=True)
+        file = Path(folder, Path(output).name)
+        if file.is_file() and file.stat().st_nlink > 1:  # writing into it would change what DVC keeps
+            file.unlink()
 
 # %% ../../nbs/12_tools/05_batch.ipynb #84af5a97
 def write_run(

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FOUNDATION', 'OUTSIDE', 'DEP', 'PipelineError', 'StageNotebook', 'read_stage_notebook', 'numbered_notebooks',
            'stage_notebooks', 'imported_names', 'imported_modules', 'import_closure', 'library_deps', 'PipelineStage',
-           'options_given', 'parse_stage', 'pipeline_files', 'read_stages', 'derived_deps', 'is_derived', 'stage_span',
-           'deps_span', 'replace_deps', 'write_deps', 'check_deps', 'run_deps', 'show_stages', 'main']
+           'options_given', 'parse_stage', 'pipeline_files', 'read_stages', 'derived_deps', 'derived_params',
+           'is_derived', 'stage_span', 'list_span', 'replace_list', 'replace_deps', 'write_deps', 'check_deps',
+           'run_deps', 'show_stages', 'main']
 
 # %% ../../nbs/12_tools/07_pipeline.ipynb #fc557292
 import argparse
@@ -139,7 +140,7 @@ def library_deps(
     inside = [f for f in import_closure(root, file) if f.relative_to(root / lib).parts[0] not in (FOUNDATION, *OUTSIDE)]
     return [f"{lib}/{FOUNDATION}", *sorted(f.relative_to(root).as_posix() for f in inside)]
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #81b24e24
+# %% ../../nbs/12_tools/07_pipeline.ipynb #759af6e2
 @dataclass(frozen=True)
 class PipelineStage:
     "A stage of a `dvc.yaml`, before DVC fills in its variables."
@@ -148,6 +149,7 @@ class PipelineStage:
     parameter_files: tuple[str, ...]  # of each `-f`, in order; may begin with `${params}`
     given: tuple[str, ...]  # names of the parameters that the command sets itself
     deps: tuple[str, ...]  # what the file lists now
+    params: tuple[str, ...] = ()  # the files under `params` in the file now
 
 
 def options_given(
@@ -157,19 +159,21 @@ def options_given(
     "The values of an option that may be given several times."
     return [value for option, value in zip(words, words[1:], strict=False) if option in names]
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #ecb9581e
+# %% ../../nbs/12_tools/07_pipeline.ipynb #15543a7b
 def parse_stage(
     name: str,  # the stage's name
     entry: dict,  # its entry in `dvc.yaml`
 ) -> PipelineStage:  # what its papermill command says
     "Read a stage. Raises `PipelineError` when it runs no notebook."
-    words = shlex.split(entry["cmd"])
+    cmd = entry["cmd"]
+    words = shlex.split(cmd if isinstance(cmd, str) else " ; ".join(cmd))
     notebooks = [word for word in words if word.endswith(".ipynb")]
     if not notebooks:
         raise PipelineError(f"stage {name}: its command runs no notebook")
     files = options_given(words, "-f", "--parameters_file")
     given = options_given(words, "-p", "-r", "--parameters", "--parameters_raw")
-    return PipelineStage(name, notebooks[0], tuple(files), tuple(given), tuple(entry.get("deps", ())))
+    params = [file for listed in entry.get("params", ()) for file in ([listed] if isinstance(listed, str) else listed)]
+    return PipelineStage(name, notebooks[0], tuple(files), tuple(given), tuple(entry.get("deps", ())), tuple(params))
 
 # %% ../../nbs/12_tools/07_pipeline.ipynb #92bef4f9
 def pipeline_files(
@@ -186,17 +190,24 @@ def read_stages(
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
     return [parse_stage(name, entry) for name, entry in entries.items()]
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #0b811a2e
+# %% ../../nbs/12_tools/07_pipeline.ipynb #bebdfbb1
 def derived_deps(
     root: Path,  # the project's root
     stage: PipelineStage,  # a stage
-) -> list[str]:  # the library first, then the parameter files
-    "The dependencies that follow from a stage's notebook and command. Raises `PipelineError` when it has none."
+) -> list[str]:  # the foundation, then the other modules
+    "The dependencies that follow from a stage's notebook. Raises `PipelineError` when it has none."
     path = root / stage.notebook
     notebook = read_stage_notebook(root, path) if path.is_file() else None
     if notebook is None:
         raise PipelineError(f"stage {stage.name}: {stage.notebook} is not a stage notebook of the project")
-    return [*library_deps(root, notebook.module), *dict.fromkeys(stage.parameter_files)]
+    return library_deps(root, notebook.module)
+
+
+def derived_params(
+    stage: PipelineStage,  # a stage
+) -> list[str]:  # each file once, in the command's order
+    "The parameter files that follow from a stage's command."
+    return list(dict.fromkeys(stage.parameter_files))
 
 
 def is_derived(
@@ -220,45 +231,59 @@ def stage_span(
     ends = (n for n in range(start + 1, len(lines)) if lines[n].strip() and not lines[n].startswith("   "))
     return start, next(ends, len(lines))
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #9d38b687
-def deps_span(
+# %% ../../nbs/12_tools/07_pipeline.ipynb #c886660b
+def list_span(
     entry: list[str],  # the lines of a stage's entry
-) -> tuple[int, int]:  # the line of `deps:`, and the one after its last dependency; equal when it has none
-    "Where an entry lists its dependencies, or where it would: before what it writes."
-    if "    deps:" not in entry:
-        place = entry.index("    outs:") if "    outs:" in entry else len(entry)
+    key: str,  # of a list in it, such as `deps`
+) -> tuple[int, int]:  # the line of the key, and the one after the last of the list; equal when it has none
+    "Where an entry has a list, or where it would: before what the stage writes."
+    if f"    {key}:" not in entry:
+        places = [n for n, line in enumerate(entry) if line in ("    params:", "    outs:") and line != f"    {key}:"]
+        place = next(iter(places), len(entry))
         return place, place
-    start = end = entry.index("    deps:")
+    start = end = entry.index(f"    {key}:")
     while end + 1 < len(entry) and DEP.match(entry[end + 1]):
         end += 1
     return start, end + 1
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #12e43947
+# %% ../../nbs/12_tools/07_pipeline.ipynb #502da225
+def replace_list(
+    entry: list[str],  # the lines of a stage's entry
+    key: str,  # of a list in it
+    items: list[str],  # what it is to hold, each a line's text; none: no list
+) -> list[str]:  # the same with this list
+    "Put a list into a stage's entry."
+    start, end = list_span(entry, key)
+    return [*entry[:start], *([f"    {key}:"] if items else []), *(f"      - {item}" for item in items), *entry[end:]]
+
+
 def replace_deps(
     root: Path,  # the project's root
     entry: list[str],  # the lines of a stage's entry
-    derived: list[str],  # the dependencies to write
-) -> list[str]:  # the same with these dependencies, before those written by hand
-    "Put the derived dependencies into a stage's entry."
-    start, end = deps_span(entry)
+    deps: list[str],  # the derived dependencies
+    params: list[str],  # the parameter files
+) -> list[str]:  # the same with these, the dependencies before those written by hand
+    "Put what is derived into a stage's entry."
+    start, end = list_span(entry, "deps")
     by_hand = []
     for line in entry[start + 1:end]:
         dep = DEP.match(line)
         if dep and not is_derived(root, dep[1]):
-            by_hand.append(line)
-    return [*entry[:start], "    deps:", *(f"      - {dep}" for dep in derived), *by_hand, *entry[end:]]
+            by_hand.append(line.strip().removeprefix("- "))
+    entry = replace_list(entry, "deps", [*deps, *by_hand])
+    return replace_list(entry, "params", [f"{file}:" for file in params])
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #726f0146
+# %% ../../nbs/12_tools/07_pipeline.ipynb #d0c0f253
 def write_deps(
     root: Path,  # the project's root
     file: Path,  # a `dvc.yaml`; rewritten when its dependencies are not those derived
 ) -> list[str]:  # names of the stages that changed
-    "Write the derived dependencies of every stage."
+    "Write the derived dependencies and the parameter files of every stage."
     lines = file.read_text(encoding="utf-8").splitlines()
     changed = []
     for stage in read_stages(file):
         start, end = stage_span(lines, stage.name)
-        entry = replace_deps(root, lines[start:end], derived_deps(root, stage))
+        entry = replace_deps(root, lines[start:end], derived_deps(root, stage), derived_params(stage))
         if entry != lines[start:end]:
             lines[start:end] = entry
             changed.append(stage.name)
@@ -266,7 +291,7 @@ def write_deps(
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return changed
 
-# %% ../../nbs/12_tools/07_pipeline.ipynb #05c11b50
+# %% ../../nbs/12_tools/07_pipeline.ipynb #41791641
 def check_deps(
     root: Path,  # the project's root
     file: Path,  # a `dvc.yaml`
@@ -274,9 +299,10 @@ def check_deps(
     "Name the derived dependencies that a stage lacks, and those it should not have."
     problems = []
     for stage in read_stages(file):
-        derived = derived_deps(root, stage)
-        missing = [dep for dep in derived if dep not in stage.deps]
+        derived, params = derived_deps(root, stage), derived_params(stage)
+        missing = [dep for dep in derived if dep not in stage.deps] + [p for p in params if p not in stage.params]
         extra = [dep for dep in stage.deps if is_derived(root, dep) and dep not in derived]
+        extra += [p for p in stage.params if p not in params]
         parts = [f"{words} {', '.join(deps)}" for words, deps in (("lacks", missing), ("does not need", extra)) if deps]
         if parts:
             problems.append(f"{file.relative_to(root).as_posix()}, stage {stage.name}: {'; '.join(parts)}")
