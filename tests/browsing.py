@@ -1,5 +1,6 @@
 "What the browser tests share: a server process and a real Chromium."
 
+import os
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,12 @@ ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+def keep_picture(page: Page, name: str, full_page: bool = False) -> None:
+    "Keep what the browser shows, when TOUR in the environment names a folder."
+    if folder := os.environ.get("TOUR"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=full_page)
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 about the documents is given, because the tiny model knows nothing. Where TOUR names a folder, pictures are put there."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from browsing import browser_page
+from browsing import browser_page, keep_picture
 from playwright.sync_api import Browser, Page, expect
 
 from llmops.deployment.assistant import Assistant, find_trust
@@ -127,13 +126,6 @@ def ask(page: Page, question: str):
     return turn
 
 
-def picture(page: Page, name: str) -> None:
-    "Keep a picture for the tour."
-    if folder := os.environ.get("TOUR"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 def test_an_answer_with_its_source(page):
     turn = ask(page, "What does an overdraft cost?")
     expect(turn.locator(".answer")).to_have_text("12.50 euro")
@@ -147,7 +139,7 @@ def test_an_answer_with_its_source(page):
     expect(source.locator(".passage mark")).to_have_text("12.50 euro")
     expect(turn).to_contain_text("assistant-4bit+rag")
     expect(turn).to_contain_text("No threshold was fitted")
-    picture(page, "ask")
+    keep_picture(page, "ask")
 
 
 def test_a_mark_covers_words_and_keeps_its_place_behind_a_character_of_two_units(page):
@@ -263,7 +255,7 @@ def test_korean_on_a_dark_phone(chromium, home):
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(json.loads(back.replace("rgb(", "[").replace(")", "]"))) < 60
-        picture(page, "ask-korean-phone")
+        keep_picture(page, "ask-korean-phone")
 
 
 def test_a_narrow_page_does_not_scroll_sideways(chromium, home):

@@ -2,14 +2,13 @@
 
 With TOUR=FOLDER in the environment, pictures of its pages are kept in that folder."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import browser_page, free_port, served
+from browsing import browser_page, free_port, keep_picture, served
 from conftest import copy_env, copy_project
 from playwright.sync_api import Page
 
@@ -29,13 +28,6 @@ def url(project: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "llmops.tools.site", "serve", "--port", str(port)]
     with served(command, f"http://127.0.0.1:{port}/", project, copy_env(project)) as url:
         yield url
-
-
-def picture(page: Page, name: str) -> None:
-    "Keep what the browser shows, when the environment names a folder."
-    if folder := os.environ.get("TOUR"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"docs-{name}.png")
 
 
 def first_hits(page: Page, query: str) -> list[str]:
@@ -59,7 +51,7 @@ def test_groups_fold(url: str) -> None:
     with browser_page() as (page, problems):
         page.goto(url)
         assert "llmops" in page.title()
-        picture(page, "home")
+        keep_picture(page, "docs-home")
         side = page.locator(".md-sidebar--primary")
         for group in ("Start", "Guides", "Lifecycle", "Reference"):
             assert side.get_by_text(group, exact=True).first.is_visible(), group
@@ -68,7 +60,7 @@ def test_groups_fold(url: str) -> None:
         side.get_by_text("Guides", exact=True).first.click()
         guide.click()
         page.wait_for_url("**/guides/may_it_ship.html")
-        picture(page, "guide")
+        keep_picture(page, "docs-guide")
         assert problems == []
 
 
@@ -85,7 +77,7 @@ def test_search(url: str) -> None:
             page.goto(url)
             hits = first_hits(page, query)
             if query == "LoRA rank":
-                picture(page, "search")
+                keep_picture(page, "docs-search")
                 assert target in hits[0], f"{query}: a stage's page does not come first: {hits}"
             assert any(target in hit for hit in hits), f"{query}: {hits}"
         assert problems == []
@@ -94,11 +86,11 @@ def test_search(url: str) -> None:
 def test_a_definition_opens_when_a_link_leads_to_it(url: str) -> None:
     with browser_page() as (page, problems):
         page.goto(f"{url}02_adaptation/finetuning.html")
-        picture(page, "stage")
+        keep_picture(page, "docs-stage")
         assert not page.locator("#encode_row").is_visible()
         page.goto(f"{url}02_adaptation/finetuning.html#encode_row")
         page.locator("#encode_row").wait_for(state="visible", timeout=10_000)
-        picture(page, "definition")
+        keep_picture(page, "docs-definition")
         assert problems == []
 
 
@@ -127,7 +119,7 @@ def test_plots_are_visible(url: str) -> None:
 def test_the_map_leads_to_stages(url: str) -> None:
     with browser_page() as (page, problems):
         page.goto(f"{url}lifecycle/index.html")
-        picture(page, "lifecycle")
+        keep_picture(page, "docs-lifecycle")
         page.locator(".map a", has_text="Fine-tuning").click()
         page.wait_for_url("**/02_adaptation/finetuning.html")
         assert problems == []
@@ -147,7 +139,7 @@ def test_a_phone_does_not_scroll_sideways(url: str, name: str) -> None:
     with browser_page() as (page, problems):
         page.set_viewport_size({"width": 390, "height": 844})
         page.goto(url + name)
-        picture(page, f"phone-{name.removesuffix('.html').replace('/', '-')}")
+        keep_picture(page, f"docs-phone-{name.removesuffix('.html').replace('/', '-')}")
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{wide} pixels wider than a phone"
         assert problems == []
@@ -169,7 +161,7 @@ def test_light_and_dark(url: str) -> None:
         page.emulate_media(color_scheme="dark")
         page.goto(f"{url}02_adaptation/finetuning.html")
         assert page.evaluate(background) < 200, "the system's choice is not followed"
-        picture(page, "dark")
+        keep_picture(page, "docs-dark")
         page.emulate_media(color_scheme="light")
         page.goto(url)
         assert page.evaluate(background) > 600
