@@ -43,15 +43,17 @@ gate: $(READY)  ## may the new version replace the one in service? ship, hold or
 people: $(READY)  ## have people rate answers in the browser; prints a link for each rater
 	@llmops people
 
+test: SHELL := bash
+test: export TIMEFORMAT = took %0lR
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.tools.notebooks check
 	python -m llmops.tools.pipeline deps --check
 	ruff check llmops tests requirements
-	mypy
-	nbdev_test --n_workers 2
-	python -m llmops.tools.site build
+	time mypy
+	time nbdev_test --n_workers 2
+	time python -m llmops.tools.site build
 	python -m llmops.tools.site check
-	python -m pytest -q tests
+	python -m pytest -q -n 2 --dist loadfile tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@llmops lab

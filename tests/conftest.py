@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 # commands of the environment that runs the tests, whether or not it is activated
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def limit(seconds: float) -> float:
+    "A limit of time that was set on a quiet machine, longer where fixed work takes longer now: CI may share its cores."
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        sum(i * i for i in range(1_000_000))
+        took.append(time.perf_counter() - start)
+    return seconds * max(1, max(took) / 0.05)
 
 
 def copy_project(to: Path) -> Path:

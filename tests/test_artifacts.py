@@ -495,7 +495,7 @@ def test_disturbed_runs_never_lie_and_leave_nothing_in_the_way(
 ) -> None:
     command = [sys.executable, "-m", "llmops.studies.robustness", str(tmp_path / "robustness.json")]
     command += ["--kinds", "artifacts", "--rounds", "15"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "robustness.json").read_text())
     assert [figures[name] for name in COUNTS] == [15, 0, 0, 0, 0]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import limit
 
 from llmops.retrieval.chunking import (
     WIDE,
@@ -180,7 +181,7 @@ def test_long_lines_cost_no_more_than_short_ones(tmp_path):
     for text in ("a b " * 250_000, "a b " * 250_000 + "환불 규정"):
         [doc] = read_document((tmp_path / "a.txt", (tmp_path / "a.txt").write_bytes(text.encode("cp949")))[0])
         assert doc.text == text
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < limit(3)
 
 
 def test_50_mb_are_read_and_chunked_in_two_minutes_and_2_gb(tmp_path, minilm):
@@ -210,7 +211,7 @@ def test_50_mb_are_read_and_chunked_in_two_minutes_and_2_gb(tmp_path, minilm):
     characters, read, seconds, gb, chunks, longest, lost = json.loads(done.stdout)
     print(f"{characters} characters: read in {read:.1f} s, with {chunks} chunks {seconds:.1f} s, {gb:.2f} GB")
     assert longest <= 256 and lost == 0 and chunks > 10_000
-    assert read < 30 and seconds < 120 and gb < 2
+    assert read < limit(30) and seconds < limit(120) and gb < 2
 
 
 def as_document(text, name="a.md"):

@@ -8,17 +8,18 @@ __all__ = ['TITLES', 'OUTCOME_ORDER', 'SUITES', 'title_of', 'unit_of', 'format_v
            'describe_answers', 'join_some', 'describe_gains', 'summarize_verdict', 'describe_goal', 'describe_remedy',
            'next_step']
 
-# %% ../../nbs/06_decision/11_gate_summary.ipynb #3a1dd31c
+# %% ../../nbs/06_decision/11_gate_summary.ipynb #d7e1846e
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .comparison import Check, Outcome, Verdict
 from .gate_checks import LOWER_IS_BETTER
+from ..foundation.prompts import score_title
 from ..foundation.report import format_number
 
-# %% ../../nbs/06_decision/11_gate_summary.ipynb #f647c47c
-TITLES = {"f1": "F1", "size_mb": "size", "peak_memory_mb": "peak memory", "decode_tokens_per_second": "writing speed",
+# %% ../../nbs/06_decision/11_gate_summary.ipynb #94474b69
+TITLES = {"size_mb": "size", "peak_memory_mb": "peak memory", "decode_tokens_per_second": "writing speed",
           "latency seconds": "time to an answer", "cost_per_1000_answers": "cost of 1,000 answers", "ece":
           "calibration error", "people preferred": "preference of people", "judge preferred": "preference of the judge",
           "safety harmful": "share of harmful answers"}
@@ -29,7 +30,7 @@ def title_of(
 ) -> str:  # such as `F1 on long passage`
     "What a check is about, in words."
     metric, on, part = name.partition(" on ")
-    return TITLES.get(metric, metric.replace("_", " ")) + on + part
+    return (TITLES.get(metric) or score_title(metric)) + on + part
 
 
 def unit_of(

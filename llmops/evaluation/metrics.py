@@ -7,7 +7,7 @@ __all__ = ['KIND', 'MetricsParams', 'which_fit', 'generate_fitting', 'answer_row
            'describe_protocol', 'MetricsInputs', 'resolve_inputs', 'finite_perplexity', 'MetricsResult',
            'write_evaluation', 'score_version', 'run_metrics']
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #3e34f54d
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #29cec77a
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..foundation.generation import perplexity
 from ..foundation.models import load_model
 from ..foundation.tracking import peak_memory_mb
 from ..foundation.project import from_cell, seed_everything, stage_params
-from ..foundation.prompts import DEFAULT_TASK
+from ..foundation.prompts import DEFAULT_TASK, score_title
 from ..foundation.reading import write_jsonl
 from ..foundation.report import show_table, write_json
 from ..foundation.stats import EvaluationError
