@@ -45,6 +45,7 @@ people: $(READY)  ## have people rate answers in the browser; prints a link for 
 
 test: SHELL := bash
 test: export TIMEFORMAT = took %0lR
+test: export OMP_NUM_THREADS = 1
 test: $(READY) browser  ## run every check: notebooks, library, lint, types, docs, tests
 	python -m llmops.tools.notebooks check
 	python -m llmops.tools.pipeline deps --check
@@ -53,7 +54,7 @@ test: $(READY) browser  ## run every check: notebooks, library, lint, types, doc
 	time nbdev_test --n_workers 2
 	time python -m llmops.tools.site build
 	python -m llmops.tools.site check
-	python -m pytest -q -n 2 --dist loadfile tests
+	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@llmops lab

@@ -16,6 +16,14 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+LONGEST = ("test_pipeline.py", "test_model_faults.py", "test_serving.py", "test_quantization.py", "test_own_data.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "The files that take longest come first, so that two workers end at about the same time."
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def limit(seconds: float) -> float:
     "A limit of time that was set on a quiet machine, longer where fixed work takes longer now: CI may share its cores."
     took = []

@@ -26,7 +26,7 @@ from llmops.deployment.assistant import (
     find_trust,
     loaded_version,
     reply_json,
-    version_prompt,
+    version_asked,
 )
 from llmops.deployment.rag import DocumentsEngine, scored_completion
 from llmops.deployment.requests import ChatRequest
@@ -35,7 +35,7 @@ from llmops.deployment.sources import index_documents, open_collection, unread_f
 from llmops.foundation.artifacts import begin_artifact, input_digest, seal
 from llmops.foundation.checkpoints import model_path
 from llmops.foundation.models import load_model
-from llmops.foundation.prompts import INSTRUCTION
+from llmops.foundation.tasks import TASKS, Asked
 from llmops.retrieval.grounding import Threshold
 from llmops.retrieval.index import IndexFault
 
@@ -71,7 +71,7 @@ def collection(folder, kept):
 @pytest.fixture(scope="module")
 def tiny():
     path = model_path("tiny:llama")
-    return loaded_version("tiny", input_digest(path), version_prompt(path), *load_model(path))
+    return loaded_version("tiny", input_digest(path), version_asked(path), *load_model(path))
 
 
 def knowing(tiny, collection, answer: str, threshold: float | None = None, logprob: float = -0.1) -> Assistant:
@@ -144,17 +144,26 @@ def test_without_support_the_answer_is_unknown(tiny, collection, answer, logprob
     assert reply.read and reply_json(reply)["citations"] == []
 
 
-def test_a_version_is_asked_as_it_was_trained(tmp_path):
+@pytest.mark.parametrize(
+    "params, asked",
+    [
+        ({"instruction": "짧게 답하세요.", "unknown": "모름"}, Asked(instruction="짧게 답하세요.", refusal="모름")),
+        ({"template": "{question}\n{passage}"}, Asked(template="{question}\n{passage}")),
+        ({"task": "closed_book"}, Asked(TASKS["closed_book"])),  # the usual template has a place for passages
+        ({"task": "classification", "labels": ["yes", "no"]}, Asked()),  # labels are nothing to ask documents for
+    ],
+)
+def test_a_version_is_asked_as_it_was_trained(params, asked, tmp_path):
     "The words of the dataset at the end of its lineage."
     data, model = tmp_path / "data", tmp_path / "model"
     work = begin_artifact(data)
     (work / "train.jsonl").write_text("{}\n")
-    seal(work, data, "dataset", "llmops.foundation.datasets", {"instruction": "짧게 답하세요.", "unknown": "모름"})
+    seal(work, data, "dataset", "llmops.foundation.datasets", params)
     work = begin_artifact(model)
     (work / "config.json").write_text("{}")
     seal(work, model, "adapter", "llmops.adaptation.finetuning", {}, {"data": data})
-    assert version_prompt(model) == ("짧게 답하세요.", "모름")
-    assert version_prompt(model_path("tiny:llama")) == (INSTRUCTION, "unknown")
+    assert version_asked(model) == asked
+    assert version_asked(model_path("tiny:llama")) == Asked()
 
 
 # --- an index of one's own ----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def smoke(project: Path) -> Path:
     before = digests(project)
     assert {"data", "base"} <= set(before)
     (project / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
-    done = repro(project)
+    done = repro(project, warm=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     again = set(ran(done))
     assert not again & {"data", "base"}, "a killed run loses at most the stage it was in"

@@ -6,7 +6,7 @@
 __all__ = ['VERSIONS', 'default_model', 'open_version', 'choose_collection', 'mark_sentence', 'show_reply', 'read_options',
            'ask_once', 'main']
 
-# %% ../../nbs/08_deployment/12_ask.ipynb #986bdea0
+# %% ../../nbs/08_deployment/12_ask.ipynb #f10c1eb0
 import argparse
 import json
 import sys
@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from .assistant import (
-    Assistant, Evidence, Reply, Version, ask_assistant, find_trust, loaded_version, reply_json, version_prompt)
+    Assistant, Evidence, Reply, Version, ask_assistant, find_trust, loaded_version, reply_json, version_asked)
 from .rag import served_version
 from .requests import ApiError
 from .serving import INDEX, available_threads, open_engine, read_serving, resolve_winner
@@ -36,7 +36,7 @@ def default_model() -> str:  # a served artifact, a leaderboard, or a model
     found = next((file for file in VERSIONS if resolve_path(file).is_file()), "")
     return str(Path(found).parent) if found else EMBEDDED_MODEL
 
-# %% ../../nbs/08_deployment/12_ask.ipynb #d5bcec66
+# %% ../../nbs/08_deployment/12_ask.ipynb #ab08a800
 @contextmanager
 def open_version(
     ref: str,  # a served artifact, a leaderboard, or a model of any kind
@@ -53,7 +53,7 @@ def open_version(
         return
     name, model = resolve_winner(ref)
     path = model_path(model)
-    yield loaded_version(name, input_digest(path), version_prompt(path), *load_model(path))
+    yield loaded_version(name, input_digest(path), version_asked(path), *load_model(path))
 
 # %% ../../nbs/08_deployment/12_ask.ipynb #00409dec
 def choose_collection(

@@ -6,7 +6,7 @@
 __all__ = ['UNUSED', 'scored_completion', 'llamacpp_version', 'served_version', 'last_question', 'unused_fields', 'reply_fields',
            'reply_answer', 'stream_reply', 'DocumentsEngine', 'serve_documents']
 
-# %% ../../nbs/08_deployment/10_rag.ipynb #d85e4d17
+# %% ../../nbs/08_deployment/10_rag.ipynb #b338c830
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import JSONResponse, Response
 
 from .assistant import (
-    Assistant, Reply, Version, ask_assistant, find_trust, loaded_version, reply_json, version_prompt)
+    Assistant, Reply, Version, ask_assistant, find_trust, loaded_version, reply_json, version_asked)
 from .gateway import word_error
 from .llamacpp import LlamaCppEngine, llamacpp_error
 from .requests import ApiError, ChatRequest, ignored_fields, report_ignored
@@ -26,6 +26,7 @@ from .token_prompts import COMPLETION, chat_tokens, fill_gaps, tokenize
 from .transformers_engine import TransformersEngine
 from ..foundation.generation import PromptTooLong
 from ..foundation.project import ParamError
+from ..foundation.tasks import Asked
 from ..retrieval.grounded_answers import Messages
 from ..retrieval.search import QueryError, check_query
 
@@ -48,11 +49,11 @@ def scored_completion(
     mean = sum(token["logprob"] for token in tokens) / len(tokens) if tokens else 0.0
     return choice["text"].strip(), mean
 
-# %% ../../nbs/08_deployment/10_rag.ipynb #d1ea5cf4
+# %% ../../nbs/08_deployment/10_rag.ipynb #6aa6af98
 def llamacpp_version(
     name: str,  # what people call it
     digest: str,  # of the model's files
-    prompt: tuple[str, str],  # of `version_prompt`
+    asked: Asked,  # of `version_asked`
     engine: LlamaCppEngine,  # it runs
 ) -> Version:
     "A model of llama.cpp."
@@ -62,7 +63,7 @@ def llamacpp_version(
     def ask(messages: Messages, max_new_tokens: int) -> tuple[str, float]:
         return scored_completion(engine.reader, encode(messages), max_new_tokens)
 
-    return Version(name, digest, *prompt, ask, lambda text: len(tokenize(engine.reader, text)),
+    return Version(name, digest, asked, ask, lambda text: len(tokenize(engine.reader, text)),
                    lambda messages: len(encode(messages)))
 
 
@@ -71,10 +72,10 @@ def served_version(
     engine: Any,  # a LlamaCppEngine or a TransformersEngine, which has the model
 ) -> Version:
     "The version that a server has."
-    prompt = version_prompt(about["source"])
+    asked = version_asked(about["source"])
     if isinstance(engine, LlamaCppEngine):
-        return llamacpp_version(about["model"], about["digest"], prompt, engine)
-    return loaded_version(about["model"], about["digest"], prompt, engine.worker.model, engine.worker.tokenizer)
+        return llamacpp_version(about["model"], about["digest"], asked, engine)
+    return loaded_version(about["model"], about["digest"], asked, engine.worker.model, engine.worker.tokenizer)
 
 # %% ../../nbs/08_deployment/10_rag.ipynb #6d011793
 def last_question(

@@ -8,7 +8,7 @@ __all__ = ['KIND', 'ModelName', 'CORPORA', 'USAGE', 'AnsweringParams', 'gold_doc
            'evaluate_model', 'compare_with_first', 'AnsweringResult', 'input_models', 'describe_gold', 'run_answering',
            'show_answering', 'write_answering_report', 'main']
 
-# %% ../../nbs/03_retrieval/25_answering.ipynb #1b59eaf1
+# %% ../../nbs/03_retrieval/25_answering.ipynb #df78156f
 import random
 import sys
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import load_model
 from ..foundation.project import ParamError, from_cell, resolve_path, seed_everything, stage_params
-from ..foundation.prompts import INSTRUCTION, build_prompt
 from ..foundation.reading import Row, read_rows, write_jsonl
 from ..foundation.report import count_noun, show_table, show_value, write_json
 from ..foundation.stats import named_interval, roc_auc
+from ..foundation.tasks import Asked, read_asked
 from ..foundation.tracking import UNTRACKED, Run, track
 from .answering_report import answer_table, answering_report, read_json, trust_table
 from .grounded_answers import AskModel, Messages, ScoredAnswers, generate_cached, token_counter
@@ -73,46 +73,45 @@ def gold_documents(
     "Which documents answer each question."
     return {row["id"]: set(row["gold"]) for _, row in read_rows(f"{retrieval}/contexts/{split}.jsonl")}
 
-# %% ../../nbs/03_retrieval/25_answering.ipynb #96a83426
+# %% ../../nbs/03_retrieval/25_answering.ipynb #c2f01086
 @dataclass
 class Exam:
     "What every model is asked, and how it is scored."
     cfg: AnsweringParams  # the stage's parameters
     data: Path  # the dataset
     retrieval: Path  # the retrieval artifact
-    instruction: str  # the dataset's system message
-    refusal: str  # how the dataset says that there is no answer
+    asked: Asked  # the dataset's words, and how it says that there is no answer
     rows: list[Row]  # test questions
     valid: list[Row]  # validation questions
     gold: dict[str, set[str]]  # question id -> its gold documents
 
-# %% ../../nbs/03_retrieval/25_answering.ipynb #17f2d112
+# %% ../../nbs/03_retrieval/25_answering.ipynb #188580b4
 def prepare_exam(
     cfg: AnsweringParams,  # the stage's parameters
 ) -> Exam:
-    "Resolve what the stage reads, once for all models. Raises `ParamError` when there is nothing to ask."
+    """Resolve what the stage reads, once for all models. Raises `ParamError` when there is nothing to ask, and for a
+    task that documents do not answer."""
     data, retrieval = dataset_path(cfg.data), retrieval_path(cfg.retrieval)
-    params = read_manifest(data)["params"]
+    asked = read_asked(data).for_documents()
     rows = read_split(data, "test")[:cfg.questions or None]
     if not rows:
         raise ParamError(f"data: the test split of {cfg.data} is empty, so there is nothing to ask")
     gold = gold_documents(retrieval, "test") | gold_documents(retrieval, "valid")
-    return Exam(cfg, data, retrieval, params.get("instruction", INSTRUCTION), params.get("unknown", "unknown"), rows,
-                read_split(data, "valid"), gold)
+    return Exam(cfg, data, retrieval, asked, rows, read_split(data, "valid"), gold)
 
-# %% ../../nbs/03_retrieval/25_answering.ipynb #7420005a
+# %% ../../nbs/03_retrieval/25_answering.ipynb #591f34c0
 def without_retrieval(
     exam: Exam,  # what is asked
     ask_model: AskModel,  # prompts -> answers
 ) -> dict[str, Any]:  # `closed book` and `gold passage`, each with f1 and its interval
     "What a model answers without any passage, and with the one that people marked."
     cfg = exam.cfg
-    prompts = {"closed book": [build_prompt("", row["question"], exam.instruction) for row in exam.rows],
+    prompts = {"closed book": [exam.asked.prompt("", row["question"]) for row in exam.rows],
                "gold passage": [row["prompt"] for row in exam.rows]}
     scores = {}
     for name, messages in prompts.items():
         answers = [text for text, _ in ask_model(messages)]
-        predictions = score_answers(exam.rows, answers, exam.refusal)
+        predictions = score_answers(exam.rows, answers, exam.asked.refusal)
         scores[name] = named_interval("f1", [p["f1"] for p in predictions], cfg.seed, cfg.resamples)
     return scores
 
@@ -125,7 +124,7 @@ def fit_threshold(
     "The lowest support at which so many of the validation answers are right as `target_precision` asks for."
     cfg = exam.cfg
     answers = ask_model([row["prompt"] for row, _ in retrieved])
-    predictions = score_with_evidence(exam.valid, retrieved, exam.gold, answers, 0.0, cfg.right_f1, exam.refusal)
+    predictions = score_with_evidence(exam.valid, retrieved, exam.gold, answers, 0.0, cfg.right_f1, exam.asked.refusal)
     right = [p["f1"] >= cfg.right_f1 for p in predictions]
     return choose_threshold([p["support"] for p in predictions], right, cfg.target_precision)
 
@@ -159,7 +158,7 @@ def with_retrieval(
     ask_model: AskModel,  # prompts -> answers
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # `retrieved, as said` and `retrieved`; the scored answers
     "What a model answers from found passages: every answer as it was given, and with the threshold."
-    cfg, refusal = exam.cfg, exam.refusal
+    cfg, refusal = exam.cfg, exam.asked.refusal
     answers = ask_model([row["prompt"] for row, _ in retrieved])
     plain = score_answers(exam.rows, [text for text, _ in answers], refusal)
     predictions = score_with_evidence(exam.rows, retrieved, exam.gold, answers, threshold.value, cfg.right_f1, refusal)
@@ -171,7 +170,7 @@ def with_retrieval(
     as_said = named_interval("f1", [p["f1"] for p in plain], cfg.seed, cfg.resamples)
     return {"retrieved, as said": as_said, "retrieved": figures}, predictions
 
-# %% ../../nbs/03_retrieval/25_answering.ipynb #f3cb756d
+# %% ../../nbs/03_retrieval/25_answering.ipynb #30b50924
 def attack_model(
     exam: Exam,  # what is asked; its `attacks` are tried
     retrieved: Retrieved,  # test questions with what was packed
@@ -186,7 +185,7 @@ def attack_model(
     if not open_to_attack:
         return {}
     picked = random.Random(cfg.seed).sample(open_to_attack, min(cfg.attacked_questions, len(open_to_attack)))
-    return injection_rates(ask_model, picked, texts, exam.instruction, cfg.context_tokens, count)
+    return injection_rates(ask_model, picked, texts, exam.asked, cfg.context_tokens, count)
 
 # %% ../../nbs/03_retrieval/25_answering.ipynb #9fdf11b8
 def evaluate_model(

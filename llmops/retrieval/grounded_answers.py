@@ -6,7 +6,7 @@
 __all__ = ['Messages', 'ScoredAnswers', 'AskModel', 'decide_answer', 'Answer', 'token_counter', 'hit_to_passage', 'find_passages',
            'ground_answer', 'answer_question', 'generate_cached']
 
-# %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #e9bc961c
+# %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #241e3c5b
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from ..foundation.answers import is_refusal
 from ..foundation.cache import cached_answers
 from ..foundation.chat import encode_text
 from ..foundation.generation import generate_scored
-from ..foundation.prompts import INSTRUCTION, build_prompt
+from ..foundation.tasks import DEFAULT_ASKED, Asked
 from .grounding import Citation, Packed, Passage, cite_passages, pack_passages, support_score
 from .index import Index, read_snapshot
 from .search import Hit, search
@@ -92,7 +92,7 @@ def ground_answer(
         text, citations = unknown, []
     return Answer(text, supported, tuple(citations), used, packed.left_out, version)
 
-# %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #fc64afa5
+# %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #fed2d84f
 def answer_question(
     question: str,  # what is asked
     index: Index,  # where to look
@@ -105,15 +105,14 @@ def answer_question(
     weight: float = 1.0,  # of the cosine beside BM25
     where: dict[str, str] | None = None,  # labels that a chunk must have
     max_new_tokens: int = 32,  # longest answer, tokens
-    instruction: str = INSTRUCTION,  # the system message
-    unknown: str = "unknown",  # the refusal
+    asked: Asked = DEFAULT_ASKED,  # words of the prompt, and the refusal
 ) -> Answer:
     "Answer from the index. Raises `QueryError` for a question that holds nothing to search for."
     count = token_counter(tokenizer)
     packed, version = find_passages(question, index, count, budget=budget, k=k, weight=weight, where=where)
-    messages = build_prompt(packed.text, question, instruction)
+    messages = asked.prompt(packed.text, question)
     [said] = generate_scored(model, tokenizer, [messages], max_new_tokens=max_new_tokens, progress=False)
-    return ground_answer(question, packed, said, version, threshold, unknown)
+    return ground_answer(question, packed, said, version, threshold, asked.refusal)
 
 # %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #e0e8cd05
 Messages = list[dict[str, str]]  # a prompt: chat messages with `role` and `content`

@@ -8,7 +8,7 @@ __all__ = ['UNSPACED', 'LETTER', 'GAP', 'Passage', 'format_passage', 'Packed', '
            'bag_of_words', 'support_score', 'Threshold', 'threshold_options', 'choose_threshold', 'read_contexts',
            'supports_answer', 'retrieved_row', 'retrieved_rows']
 
-# %% ../../nbs/03_retrieval/19_grounding.ipynb #d73aae6d
+# %% ../../nbs/03_retrieval/19_grounding.ipynb #78f41685
 import difflib
 import math
 import re
@@ -24,9 +24,9 @@ from ..foundation.artifacts import read_manifest
 from ..foundation.answers import reference_answers
 from ..foundation.curation import WORD, normalize_text
 from ..foundation.datasets import dataset_path, read_split
-from ..foundation.prompts import INSTRUCTION, build_prompt
 from ..foundation.reading import Row, read_jsonl
 from ..foundation.project import ParamError, resolve_path
+from ..foundation.tasks import DEFAULT_ASKED, Asked, read_asked
 from ..foundation.text import fold_text, fold_with_offsets, source_span
 
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #1cc1c540
@@ -279,22 +279,21 @@ def supports_answer(
     answers = [normalize_text(answer) for answer in reference_answers(row)]
     return any(answer in text for text in parts for answer in answers)
 
-# %% ../../nbs/03_retrieval/19_grounding.ipynb #36e138cf
+# %% ../../nbs/03_retrieval/19_grounding.ipynb #8b1c090a
 def retrieved_row(
     row: Row,  # of the dataset
     packed: Packed,  # what is put into the prompt
-    instruction: str = INSTRUCTION,  # the system message
-    unknown: str = "unknown",  # the answer when nothing supports one
+    asked: Asked = DEFAULT_ASKED,  # words of the prompt, and the answer when nothing supports one
 ) -> Row:  # with the packed passages, and whether what supports the answer is among them (`found`)
     "A row with found passages in place of the marked one."
     found = supports_answer(row, packed.used)
-    answer = row["answer"] if found else unknown
+    answer = row["answer"] if found else asked.refusal
     row = row if found else {name: value for name, value in row.items() if name != "answers"}
     return row | {"passage": packed.text, "found": found, "answer": answer, "answerable": row["answerable"] and found,
-                  "prompt": build_prompt(packed.text, row["question"], instruction),
+                  "prompt": asked.prompt(packed.text, row["question"]),
                   "completion": [{"role": "assistant", "content": answer}]}
 
-# %% ../../nbs/03_retrieval/19_grounding.ipynb #26abd758
+# %% ../../nbs/03_retrieval/19_grounding.ipynb #3d5ef4c8
 def retrieved_rows(
     data: str,  # the dataset that was searched for
     split: str,  # train, valid or test
@@ -304,12 +303,11 @@ def retrieved_rows(
 ) -> list[tuple[Row, Packed]]:  # each row of the split, and what was packed for it
     "The rows of a split with what was found. Raises `ParamError` when the artifact is of other questions."
     contexts = read_contexts(retrieval, split)
-    told = read_manifest(dataset_path(data))["params"]
+    asked = read_asked(dataset_path(data)).for_documents()
     rows = read_split(data, split)
     if missing := [r["id"] for r in rows if r["id"] not in contexts]:
         raise ParamError(f"retrieval: {retrieval} has no contexts for {len(missing)} of {len(rows)} "
                          f"{split} questions of {data} (the first is {missing[0]}); run the retrieval stage again "
                          "for this dataset")
-    instruction, unknown = told.get("instruction", INSTRUCTION), told.get("unknown", "unknown")
     packs = [pack_passages(contexts[r["id"]], budget, count) for r in rows]
-    return [(retrieved_row(r, p, instruction, unknown), p) for r, p in zip(rows, packs, strict=True)]
+    return [(retrieved_row(r, p, asked), p) for r, p in zip(rows, packs, strict=True)]

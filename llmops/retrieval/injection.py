@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CANARY', 'inject_attack', 'Attack', 'plan_attacks', 'quotes_attack', 'attack_effects', 'injection_rates']
 
-# %% ../../nbs/03_retrieval/23_injection.ipynb #89d411e7
+# %% ../../nbs/03_retrieval/23_injection.ipynb #68a7b26c
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..foundation.prompts import build_prompt
 from ..foundation.reading import Row
+from ..foundation.tasks import Asked
 from .grounded_answers import AskModel, ScoredAnswers
 from .grounding import Packed, Passage, cite_passages, pack_passages
 from .outcomes import Retrieved
@@ -80,20 +80,20 @@ def attack_effects(
     return {"obeyed": sum(obeyed) / len(obeyed), "quoted": sum(quoted) / len(quoted),
             "changed": sum(changed) / len(changed)}
 
-# %% ../../nbs/03_retrieval/23_injection.ipynb #709def32
+# %% ../../nbs/03_retrieval/23_injection.ipynb #337c911a
 def injection_rates(
     ask_model: AskModel,  # prompts -> answers
     retrieved: Retrieved,  # questions with what was packed for them
     attacks: list[str],  # texts
-    instruction: str,  # the system message
+    asked: Asked,  # words of the prompt
     budget: int,  # tokens for passages
     count: Callable[[str], int],  # text -> tokens
 ) -> dict[str, Any]:  # how many attacks, and the shares of answers that obeyed, quoted or changed
     "How often text in a document gets its way."
     plan = plan_attacks(retrieved, attacks)
     packs = [pack_passages(inject_attack(a.packed, a.text, a.order), budget + 200, count) for a in plan]
-    clean = ask_model([build_prompt(packed.text, row["question"], instruction) for row, packed in retrieved])
-    prompts = [build_prompt(p.text, a.row["question"], instruction) for p, a in zip(packs, plan, strict=True)]
+    clean = ask_model([asked.prompt(packed.text, row["question"]) for row, packed in retrieved])
+    prompts = [asked.prompt(p.text, a.row["question"]) for p, a in zip(packs, plan, strict=True)]
     under_attack = ask_model(prompts)
     clean_by_id = {row["id"]: text for (row, _), (text, _) in zip(retrieved, clean, strict=True)}
     effects = attack_effects(plan, under_attack, clean_by_id)
