@@ -84,7 +84,7 @@ def test_every_verdict_has_its_exit_code(tmp_path: Path) -> None:
         return row | {"f1": 1.0, "exact_match": True, "prediction": row["gold"]}
 
     better = changed("qlora", tmp_path / "better", lambda f: predictions(f, right))
-    notebook = ROOT / "nbs/06_decision/06_gate.ipynb"
+    notebook = ROOT / "nbs/06_decision/07_gate.ipynb"
     said = {}
     for name, (candidate, current, min_rows) in {
         "ship": (better, better, 5),

@@ -103,7 +103,7 @@ stages:
     outs: [runs/base]
   gate:
     cmd:
-      - papermill --engine llmops nbs/06_decision/06_gate.ipynb runs/gate/notebook.ipynb -f params/own.yaml -p out runs/gate
+      - papermill --engine llmops nbs/06_decision/07_gate.ipynb runs/gate/notebook.ipynb -f params/own.yaml -p out runs/gate
       - mkdir -p metrics
       - cp runs/gate/headline.json metrics/gate.json
     deps: [params/own.yaml, runs/base/digest.txt]

@@ -233,7 +233,7 @@ def test_what_is_not_compensated_is_said_so(stages: Stages, data: str, method: s
 
 
 def test_a_leaderboard_of_two(stages: Stages, data: str, evaluations: Path) -> None:
-    text = stages.run("06_decision/10_leaderboard.ipynb", f"{data}/leaderboard", evaluations=str(evaluations))
+    text = stages.run("06_decision/11_leaderboard.ipynb", f"{data}/leaderboard", evaluations=str(evaluations))
     questions = json.loads((evaluations / "base" / "scores.json").read_text())["questions"]
     asked = "1 held-out question." if questions == 1 else f"{questions} held-out questions."
     assert asked in text and "Winner: " in text
@@ -244,7 +244,7 @@ def test_a_leaderboard_of_two(stages: Stages, data: str, evaluations: Path) -> N
 def test_a_gate_with_too_few_questions(stages: Stages, data: str, evaluations: Path) -> None:
     folder = stages.folder / data
     text = stages.run(
-        "06_decision/06_gate.ipynb",
+        "06_decision/07_gate.ipynb",
         f"{data}/gate",
         candidate=str(evaluations / "qlora"),
         current=str(evaluations / "base"),

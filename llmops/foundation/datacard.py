@@ -134,7 +134,7 @@ REMOVED = {  # kind of removal -> in words
     "forgotten": "row that was asked to be forgotten",
     "empty": "empty document"}
 
-# %% ../../nbs/00_foundation/18_datacard.ipynb #11b65bc3
+# %% ../../nbs/00_foundation/18_datacard.ipynb #c14df6e2
 def measured_problems(
     splits: dict[str, dict[str, int]],  # split -> its counts
     removed: dict[str, int],  # kind of removal -> rows
@@ -313,7 +313,7 @@ def length_card(
             splits[split] = {"mean": round(sum(tokens) / len(tokens), 1), "longest": max(tokens)}
     return {"splits": splits, "histogram": token_histogram(lengths)}
 
-# %% ../../nbs/00_foundation/18_datacard.ipynb #17fc0b1a
+# %% ../../nbs/00_foundation/18_datacard.ipynb #4de44d8e
 def data_card(
     splits: dict[str, list[Row]],  # split -> rows
     removed: list[Row],  # removed rows with `kind`
@@ -335,6 +335,7 @@ def data_card(
         languages["general text"] = count_languages(row["text"] for row in documents)
     problems = measured_problems(counts, kinds)
     problems.insert(2, missed_refusals(rows))
+    problems = [problem for problem in problems if problem["of"]]  # nothing is said of rows that there are not
     return stated | {
         "rows": len(rows), "splits": counts, "fields": {name: field_types(row) for name, row in examples.items()},
         "languages": languages, "sources": {role: source_card(ref) for role, ref in sources.items()},

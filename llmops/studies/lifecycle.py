@@ -95,7 +95,7 @@ def decision_steps(
     "What the gate said and how fast the server answers."
     steps = []
     if gate := read_figures(runs, "gate/verdict.json"):
-        steps.append({"step": "Gate", "notebook": "06_decision/06_gate.ipynb",
+        steps.append({"step": "Gate", "notebook": "06_decision/07_gate.ipynb",
                       "what": "may the 4-bit version replace the 16-bit one?",
                       "number": f"verdict: {gate['verdict']}"})
     if speed := read_figures(runs, "serving/metrics.json"):
@@ -121,7 +121,7 @@ def lifecycle_table(
         lines.append(f"| [{s['step']}](../{s['notebook']}) | {s['what']} | {s['number']} |")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/11_studies/07_lifecycle.ipynb #7c64a456
+# %% ../../nbs/11_studies/07_lifecycle.ipynb #2f4fe401
 def lifecycle_plot(
     steps: list[dict[str, Any]],  # what `lifecycle_steps` gives
     free: float | None = None,  # F1 of always refusing; None draws no line
@@ -131,20 +131,20 @@ def lifecycle_plot(
     scored = [s for s in steps if "f1" in s]
     fig, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
     f1 = [s["f1"] for s in scored]
-    below = [s["f1"] - s["f1_low"] for s in scored]
-    above = [s["f1_high"] - s["f1"] for s in scored]
+    low = [s["f1"] if s["f1_low"] is None else s["f1_low"] for s in scored]  # one question has no interval
+    high = [s["f1"] if s["f1_high"] is None else s["f1_high"] for s in scored]
+    below, above = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((f1, low), (high, f1))]
     ax.errorbar(range(len(scored)), f1, yerr=[below, above], fmt="o-", capsize=3, linewidth=1, color="#1f77b4")
     for x, s in enumerate(scored):
         size = f"\n{s['size_mb']:,.0f} MB" if "size_mb" in s else ""
-        ax.annotate(f"{s['f1']:.3f}{size}", (x, s["f1_high"]), (0, 4), textcoords="offset points", ha="center",
+        ax.annotate(f"{s['f1']:.3f}{size}", (x, high[x]), (0, 4), textcoords="offset points", ha="center",
                     fontsize=8)
     if free is not None:
         ax.axhline(free, color="grey", linestyle="--", linewidth=1)
         ax.annotate(f"always refuse: {free:.3f}", (-0.45, free), (0, 3), textcoords="offset points", fontsize=8,
                     color="grey")
     ax.set_xticks(range(len(scored)), [s["step"] for s in scored])
-    highest = max(s["f1_high"] for s in scored)
-    ax.set(ylabel="F1, held-out questions", ylim=(0, highest * 1.35), xlim=(-0.5, len(scored) - 0.5))
+    ax.set(ylabel="F1, held-out questions", ylim=(0, max(*high, 0.05) * 1.35), xlim=(-0.5, len(scored) - 0.5))
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 
