@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # for these the lock file was resolved
@@ -83,7 +84,7 @@ class Environment:
     def run(self, title: str, command: list, env: dict = {}) -> None:  # noqa: B006
         "Run a command, count what it collects on a terminal, keep what it prints, and stop with a remedy if it fails."
         print(f"- {title}", flush=True)
-        lines, count = [], 0
+        lines, count, start = [], 0, time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, text=True, errors="replace",
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for line in process.stdout or []:
@@ -100,6 +101,8 @@ class Environment:
                 file.write(f"$ {' '.join(command)}\n{log}\n")
         if code:
             self.stop(explain(log, " ".join(command)))
+        if (took := round(time.monotonic() - start)) > 9:
+            print(f"  took {took // 60} min {took % 60} s", flush=True)
 
     def stop(self, remedy: str) -> None:
         "End with what to do, on the last line and in `failed.txt`."

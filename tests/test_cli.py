@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, copy_env, limit
 
-from llmops.tools.cli import COMMANDS, module_commands
+from llmops.tools.cli import COMMANDS, command_parser, main, module_commands
 
 LISTED = [*COMMANDS, *module_commands()]
 STAGE = """import pathlib, sys, time
@@ -287,3 +288,46 @@ def test_make_targets_are_thin() -> None:
     for target in ("run", "rag", "gate", "people", "serve", "lab", "docs"):
         recipe = text.partition(f"\n{target}: ")[2].partition("\n\n")[0].splitlines()[1:]
         assert len(recipe) == 1 and recipe[0].strip().startswith(f"@llmops {target}"), target
+
+
+def page_texts() -> dict[str, str]:
+    "Name and Markdown of what people read: the pages, and the prose of the notebooks."
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("nbs/start/*.md"), *ROOT.glob("nbs/guides/*.md")]
+    texts = {file.name: file.read_text(encoding="utf-8") for file in pages}
+    for file in ROOT.glob("nbs/**/*.ipynb"):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        texts[file.name] = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return texts
+
+
+def written_commands() -> list[tuple[str, str]]:
+    "File and line of every `llmops` command in shell blocks and in the text."
+    found = []
+    for name, text in page_texts().items():
+        for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(name, line.strip()) for line in lines if line.strip().startswith("llmops ")]
+        found += [
+            (name, command) for command in re.findall(r"`(llmops [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        ]
+    return found
+
+
+def test_every_command_that_the_pages_show_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = written_commands()
+    assert len(commands) > 40
+    parser, helps = command_parser(), dict[str, str]()
+    for name in module_commands():
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        helps[name] = capsys.readouterr().out
+    for file, line in commands:
+        words = shlex.split(line.partition("&&")[0], comments=True)[1:]
+        if words in (["--help"], ["COMMAND", "--help"]):
+            continue
+        assert words[0] in LISTED, f"{file}: {line}"
+        if words[0] in COMMANDS:
+            parser.parse_args(words)
+            continue
+        unknown = [word for word in words if word.startswith("--") and word not in helps[words[0]]]
+        assert not unknown, f"{file}: {line}: {unknown}"

@@ -129,12 +129,13 @@ def people_command(
     code = subprocess.run(words, cwd=root, env=tool_env()).returncode
     return code or human.main(["serve", out, "--port", str(given.port)])
 
-# %% ../../nbs/12_tools/19_cli.ipynb #30260a29
+# %% ../../nbs/12_tools/19_cli.ipynb #4d797abf
 def serve_command(
-    given: argparse.Namespace,  # `folder`, `port` and `threads`
+    given: argparse.Namespace,  # `folder`, `port`, `threads`, `index` and `documents`
 ) -> int:  # exit code
     "Serve an artifact until Ctrl-C."
-    words = [given.folder, "--port", str(given.port), "--threads", str(given.threads)]
+    words = [given.folder, "--port", str(given.port), "--threads", str(given.threads), "--documents", given.documents]
+    words += ["--index", given.index] if given.index is not None else []
     return importlib.import_module("llmops.deployment.serving").main(words)
 
 
@@ -303,7 +304,7 @@ def option(
     "An option of a command."
     return names, about
 
-# %% ../../nbs/12_tools/19_cli.ipynb #3a28ee2d
+# %% ../../nbs/12_tools/19_cli.ipynb #13c61788
 COMMANDS = {
     "run": Command(run_command, "run what has changed of the pipeline, or of the stages named and what they need", (
         option("stages", nargs="*", metavar="STAGE", help="such as gate or evaluate@base; the pipeline if none"),
@@ -316,7 +317,9 @@ COMMANDS = {
     "serve": Command(serve_command, "serve the winner through the OpenAI API", (
         option("folder", nargs="?", default="runs/serving", help="a served artifact; runs/serving if not said"),
         option("--port", type=int, default=8000, help="on 127.0.0.1; 0: any free one"),
-        option("--threads", type=int, default=0, help="CPU threads; 0: every core"))),
+        option("--threads", type=int, default=0, help="CPU threads; 0: every core"),
+        option("--documents", default="", help="folder of documents to answer from; it is indexed first"),
+        option("--index", help="retrieval artifact to answer from; runs/retrieval where it is there; '': none"))),
     "verify": Command(verify_command, "hash artifacts again: is each what it was?", (
         option("artifacts", nargs="*", metavar="ARTIFACT", help="folders; all under runs/ if none"),)),
     "lineage": Command(lineage_command, "what an artifact was made from, back to the sources", (
