@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+import playwright.async_api
+from playwright.sync_api import Page, expect, sync_playwright
+
+SLOW = 60_000  # milliseconds; a machine that does other work too gets its time
+expect.set_options(timeout=SLOW)
+playwright.async_api.expect.set_options(timeout=SLOW)
 
 ARGS = [
     "--headless=new",
@@ -37,7 +42,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(command: list[str], url: str, cwd: Path, env: dict[str, str], seconds: float = 60) -> Iterator[str]:
+def served(command: list[str], url: str, cwd: Path, env: dict[str, str], seconds: float = 240) -> Iterator[str]:
     "Run a server until the block is left. Fails with its output when it ends or does not answer in time."
     log = cwd / "server.log"
     with log.open("w") as out:
@@ -81,6 +86,7 @@ def browser_page() -> Iterator[tuple[Page, list[str]]]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=ARGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(SLOW)
         page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: problems.append(f"page: {e}"))
         # ERR_ABORTED is the browser's own doing: the test went to the next page before the last icon had come

@@ -35,7 +35,7 @@ def first_hits(page: Page, query: str) -> list[str]:
     page.keyboard.press("/")
     page.get_by_role("combobox", name="Search").fill(query)
     hits = page.get_by_role("listbox", name="Search results").get_by_role("option")
-    hits.first.wait_for(timeout=15_000)
+    hits.first.wait_for(timeout=60_000)
     page.wait_for_timeout(500)  # the list is filled word by word
     return [link.get_attribute("href") or "" for link in hits.all()][:10]
 
@@ -89,7 +89,7 @@ def test_a_definition_opens_when_a_link_leads_to_it(url: str) -> None:
         keep_picture(page, "docs-stage")
         assert not page.locator("#encode_row").is_visible()
         page.goto(f"{url}02_adaptation/finetuning.html#encode_row")
-        page.locator("#encode_row").wait_for(state="visible", timeout=10_000)
+        page.locator("#encode_row").wait_for(state="visible", timeout=60_000)
         keep_picture(page, "docs-definition")
         assert problems == []
 

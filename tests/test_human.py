@@ -273,7 +273,7 @@ def test_server_killed(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60)
     server.send_signal(signal.SIGINT)
-    server.wait(10)
+    server.wait(60)
     lines = log_of(study)
     assert not failed
     assert (
@@ -328,7 +328,7 @@ def test_a_vote_survives_what_happens_to_its_page(tmp_path: Path) -> None:
             await page.keyboard.press("t")
             await expect(page.locator("#note")).to_contain_text("Not saved yet")
             server, _ = start(study, port)
-            await expect(page.locator("#count")).to_have_text("3 of 12, rated by ann", timeout=15_000)
+            await expect(page.locator("#count")).to_have_text("3 of 12, rated by ann", timeout=60_000)
             await expect(page.locator("#note")).to_be_empty()
 
     server, links = start(study, port)
