@@ -14,6 +14,7 @@ from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # for these the lock file was resolved
 FREE_GB = 9  # what the environment and pip's work take at most
+TRIES, PAUSE = 3, 20  # of a package index that does not answer, or not with every file; seconds between them
 
 ROOT = Path(__file__).resolve().parent.parent
 REMEDIES = [  # what pip prints, and what one can do about it
@@ -38,6 +39,11 @@ REMEDIES = [  # what pip prints, and what one can do about it
     (r"MemoryError|Killed", "The machine ran out of memory: close other programs"),
     (r"Permission denied|Errno 13", "Something may not be written: check who owns this folder"),
 ]
+
+
+def may_pass(log: str) -> bool:
+    "Whether what failed is of the kind that another try mends: the index, not the disk or the pins."
+    return "package index did not answer" in explain(log, "")
 
 
 def explain(log: str, command: str) -> str:
@@ -82,9 +88,24 @@ class Environment:
         self.run(title, [self.python, "-m", "pip", "install", "--progress-bar", "off", *words], env)
 
     def run(self, title: str, command: list, env: dict = {}) -> None:  # noqa: B006
-        "Run a command, count what it collects on a terminal, keep what it prints, and stop with a remedy if it fails."
+        "Run a command, again if the package index did not answer, and stop with a remedy if it fails."
         print(f"- {title}", flush=True)
-        lines, count, start = [], 0, time.monotonic()
+        start = time.monotonic()
+        tries = TRIES if os.environ.get("PIP_RETRIES") != "0" else 1
+        for left in reversed(range(tries)):
+            code, log = self.call(command, env)
+            if code == 0 or not left or not may_pass(log):
+                break
+            print(f"  the package index did not answer; again in {PAUSE} s", flush=True)
+            time.sleep(PAUSE)
+        if code:
+            self.stop(explain(log, " ".join(command)))
+        if (took := round(time.monotonic() - start)) > 9:
+            print(f"  took {took // 60} min {took % 60} s", flush=True)
+
+    def call(self, command: list, env: dict) -> tuple[int, str]:
+        "Run a command, count what it collects on a terminal, and keep what it prints."
+        lines, count = [], 0
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, text=True, errors="replace",
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for line in process.stdout or []:
@@ -94,15 +115,11 @@ class Environment:
                 print(f"\r\033[K  {count} found: {line.strip()[:90]}", end="", flush=True)
         if sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)
-        code = process.wait()
-        log = "".join(lines)
+        code, log = process.wait(), "".join(lines)
         if self.folder.is_dir():
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n{log}\n")
-        if code:
-            self.stop(explain(log, " ".join(command)))
-        if (took := round(time.monotonic() - start)) > 9:
-            print(f"  took {took // 60} min {took % 60} s", flush=True)
+        return code, log
 
     def stop(self, remedy: str) -> None:
         "End with what to do, on the last line and in `failed.txt`."

@@ -86,6 +86,23 @@ def test_remedies(install: ModuleType, log: str, remedy: str) -> None:
     assert remedy in install.explain(log, "pip")
 
 
+def test_an_index_that_answers_late_is_asked_again(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(install, "PAUSE", 0)
+    monkeypatch.delenv("PIP_RETRIES", raising=False)
+    script = "import sys; f = open('asked', 'a+'); f.write('x'); f.seek(0); sys.exit(len(f.read()) < 3 and MESSAGE)"
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    place = install.Environment(str(tmp_path / "venv"), "make setup")
+    place.run("packages", [sys.executable, "-c", script.replace("MESSAGE", "'Connection refused'")])
+    assert (tmp_path / "asked").read_text() == "xxx"
+    assert capsys.readouterr().out.count("the package index did not answer; again") == 2
+    (tmp_path / "asked").unlink()
+    with pytest.raises(SystemExit, match="The disk is full"):
+        place.run("packages", [sys.executable, "-c", script.replace("MESSAGE", "'No space left on device'")])
+    assert (tmp_path / "asked").read_text() == "x"
+
+
 def test_the_lock_file_suits_what_is_built_from_source() -> None:
     "It is also the constraint of build environments: gptqmodel, a source package, builds with setuptools below 83."
     pins = dict(line.split("==") for line in (ROOT / "requirements/lock.txt").read_text().split() if "==" in line)
