@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 
 PARTS = ("Makefile", "requirements", "setup.py", "settings.ini", "pyproject.toml", "README.md", "llmops")
 
@@ -101,6 +103,15 @@ def test_an_index_that_answers_late_is_asked_again(
     with pytest.raises(SystemExit, match="The disk is full"):
         place.run("packages", [sys.executable, "-c", script.replace("MESSAGE", "'No space left on device'")])
     assert (tmp_path / "asked").read_text() == "x"
+
+
+@pytest.mark.parametrize("oldest", ["3.11.0", "3.12.0", "3.13.0"])
+def test_the_lock_file_suits_the_oldest_python_of_each_kind(oldest: str) -> None:
+    "Debian 12 has Python 3.11.2; pip says of a package that asks for 3.11.5 only that no version can be had."
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "requirements/lock.txt").read_text().split()}
+    asked = {d.name: d.metadata["Requires-Python"] for d in metadata.distributions() if d.name.lower() in pinned}
+    assert len(asked) > 300
+    assert {n: r for n, r in asked.items() if r and not SpecifierSet(r).contains(oldest)} == {}
 
 
 def test_the_lock_file_suits_what_is_built_from_source() -> None:
