@@ -138,13 +138,14 @@ def count_noun(
     "A number with its noun."
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
-# %% ../../nbs/00_foundation/02_report.ipynb #53db036f
+# %% ../../nbs/00_foundation/02_report.ipynb #d14bbfc0
 def show_value(
     value: Any,  # a figure, a text, a list or a dict; None and NaN were not measured
     digits: int = 3,  # decimals
 ) -> str:  # a dash for what was not measured, and for nothing
     "A value as the cell of a table shows it."
-    if value is None or value in ("", [], {}) or (isinstance(value, Real) and value != value):
+    nothing = isinstance(value, str | list | dict) and not value
+    if value is None or nothing or (isinstance(value, Real) and value != value):
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -6,13 +6,14 @@
 __all__ = ['interval_text', 'answer_table', 'trust_table', 'frame_to_markdown', 'search_speed', 'read_json', 'search_report',
            'answering_report']
 
-# %% ../../nbs/03_retrieval/24_answering_report.ipynb #03d72b2e
+# %% ../../nbs/03_retrieval/24_answering_report.ipynb #62b3dd33
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..foundation.project import resolve_path
-from ..foundation.report import count_noun, format_number, markdown_table
+from ..foundation.report import count_noun, format_number, markdown_table, show_value
 from .retrieval import search_table
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def answer_table(
     table = pd.DataFrame(rows).T
     return table.loc[:, table.ne("").any()]  # one model is compared with none
 
-# %% ../../nbs/03_retrieval/24_answering_report.ipynb #6d66bf40
+# %% ../../nbs/03_retrieval/24_answering_report.ipynb #541e4167
 def trust_table(
     scores: dict[str, Any],  # of the stage
 ) -> "pd.DataFrame":  # a row per model
@@ -53,30 +54,27 @@ def trust_table(
     rows = {}
     for name, s in scores.items():
         figures, threshold = s["retrieved"], s["retrieved"]["threshold"]
+        least = float(threshold["value"])
         rows[name] = {
             "answers given": figures["given"], "citation precision": figures["citation_precision"],
             "abstention precision": figures["abstention_precision"], "abstention recall": figures["abstention_recall"],
-            "threshold": round(float(threshold["value"]), 3), "precision on validation": threshold["precision"],
+            "threshold": round(least, 3) if math.isfinite(least) else "refuses all",
+            "precision on validation": threshold["precision"],
             "target precision reached": threshold["reached"], "AUROC of confidence": figures["confidence_auc"],
             "AUROC of support": figures["support_auc"]}
         for effect in ("obeyed", "quoted", "changed") if "injection" in s else ():
             rows[name][f"attack {effect}"] = s["injection"][effect]
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/03_retrieval/24_answering_report.ipynb #aeb35b67
+# %% ../../nbs/03_retrieval/24_answering_report.ipynb #33c7da2d
 def frame_to_markdown(
     table: "pd.DataFrame",  # any table
     corner: str,  # over its row names
 ) -> str:  # Markdown
     "A table with its row names as Markdown; figures with three decimals."
-    def cell(value: Any) -> str:
-        if value is None or value != value:
-            return "–"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
     rows = []
     for name, values in zip(table.index, table.values, strict=True):
-        rows.append([f"`{name}`", *(cell(value) for value in values)])
+        rows.append([f"`{name}`", *map(show_value, values)])
     return markdown_table([corner, *table.columns], rows).rstrip("\n")
 
 # %% ../../nbs/03_retrieval/24_answering_report.ipynb #960d0f7b
