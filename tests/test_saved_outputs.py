@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_an_environment_that_is_gone_does_not_stop_git(clone: Path) -> None:
     (clone / NOTEBOOK).write_text(changed_outputs((clone / NOTEBOOK).read_text()))
     git(clone, "commit", "-qam", "git warns, and takes the file as it is")
     assert git(clone, "status", "--porcelain") == ""
+
+
+def test_the_notebooks_of_a_fresh_clone_are_filtered_once(clone: Path) -> None:
+    "A manifest asks git for the commit; hundreds of notebooks would be filtered each time while they look as new as the index."
+
+    def filtered() -> int:
+        command = ["git", "--no-optional-locks", "status", "--porcelain"]
+        env = copy_env(ROOT) | {"GIT_TRACE": "1"}
+        done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=True)
+        return done.stderr.count("llmops.tools.published")
+
+    git(clone, "config", f"filter.{FILTER}.clean", f'"{sys.executable}" -m llmops.tools.published %f')
+    assert filtered() > 0
+    time.sleep(1.1)  # git compares whole seconds
+    assert set_up_filter(clone) and filtered() == 0
 
 
 def test_run_all_is_not_seen_and_keeps_your_outputs(clone: Path) -> None:
