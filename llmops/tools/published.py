@@ -69,7 +69,7 @@ def settle_notebook(
         return published or text
     return json.dumps(settled, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../../nbs/12_tools/17_published.ipynb #9c2074de
+# %% ../../nbs/12_tools/17_published.ipynb #bc969c7e
 FILTER = "llmops-outputs"  # as `.gitattributes` names it
 
 
@@ -96,7 +96,7 @@ def set_up_filter(
     root: str | Path,  # a checkout
 ) -> bool:  # False when it is none
     """Tell git which program the filter is: this Python's. git cannot tell files that are as old as its index from
-    changed ones, and would filter every notebook of a fresh clone whenever a stage asks for the commit: it looks here."""
+    changed ones, and would filter every notebook of a new clone whenever a stage asks for the commit; it looks here."""
     command = f'"{sys.executable}" -m llmops.tools.published %f'
     known = ask_git("config", "--local", f"filter.{FILTER}.clean", command, root=root) is not None
     return known and ask_git("status", "--porcelain", root=root) is not None
