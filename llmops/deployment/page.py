@@ -211,7 +211,7 @@ function source(one) {
 }
 """
 
-# %% ../../nbs/08_deployment/11_page.ipynb #98d0db2e
+# %% ../../nbs/08_deployment/11_page.ipynb #175fe844
 THUMBS = """
 async function keep(turn, vote) {
   const {id, model, question, answer, citations} = turn;
@@ -227,8 +227,20 @@ async function keep(turn, vote) {
     return false;
   }
 }
-function thumb(turn, vote, sign, others) {
-  const node = element("button", "thumb", sign);
+const THUMB = "M2 10h3v11H2z M7 10l4-8c1.7 0 3 1.3 3 3l-.6 4H20c1.3 0 2.2 1.2 1.9 2.5l-1.6 7.5c-.3 1.2-1.2 2-2.4 2H7z";
+function icon(shape, turned) {
+  const [picture, path] = ["svg", "path"].map(name => document.createElementNS("http://www.w3.org/2000/svg", name));
+  for (const [name, value] of [["viewBox", "0 0 24 24"], ["width", "18"], ["height", "18"], ["aria-hidden", "true"]])
+    picture.setAttribute(name, value);
+  path.setAttribute("d", shape);
+  path.setAttribute("fill", "currentColor");
+  if (turned) path.setAttribute("transform", "rotate(180 12 12)");
+  picture.append(path);
+  return picture;
+}
+function thumb(turn, vote) {
+  const node = element("button", "thumb", "");
+  node.append(icon(THUMB, vote === "down"));
   node.type = "button";
   node.setAttribute("aria-label", words[vote]);
   node.title = words[vote];
@@ -243,7 +255,7 @@ function thumb(turn, vote, sign, others) {
 }
 """
 
-# %% ../../nbs/08_deployment/11_page.ipynb #ea8b0a6e
+# %% ../../nbs/08_deployment/11_page.ipynb #03f099e2
 TURNS = """
 function newTurn(question) {
   const item = element("li"), answer = element("p", "answer");
@@ -269,7 +281,7 @@ function finish(item, turn, told, seconds) {
   note.textContent = read + by + (words[told.stopped] ? ". " + words[told.stopped] : "");
   if (told.note) item.append(Object.assign(element("p", "note", told.note), {lang: "en"}));
   const tools = element("div", "tools");
-  tools.append(thumb(turn, "up", "\\u{1F44D}"), thumb(turn, "down", "\\u{1F44E}"));
+  tools.append(thumb(turn, "up"), thumb(turn, "down"));
   item.append(tools);
 }
 """
@@ -343,7 +355,7 @@ addEventListener("keydown", event => {
 });
 """
 
-# %% ../../nbs/08_deployment/11_page.ipynb #741974ad
+# %% ../../nbs/08_deployment/11_page.ipynb #36f9c136
 STARTING = """
 function choose() {
   const model = models.find(one => one.id === byId("model").value) || {};
@@ -352,7 +364,7 @@ function choose() {
   byId("trust").textContent = model.documents ? model.documents.note : "";
 }
 function option(model) {
-  const what = model.documents ? `${model.documents.count} ${words.documents}` : words.model;
+  const what = model.documents ? `${model.documents.count.toLocaleString(language)} ${words.documents}` : words.model;
   const node = element("option", "", what);
   node.value = model.id;
   return node;
