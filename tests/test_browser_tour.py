@@ -46,6 +46,8 @@ def test_the_first_commands(tmp_path: Path) -> None:
             said = typed(project, commands)
             assert said and "Traceback" not in said
             page.set_content(f"<style>{STYLE}</style><pre>{said}</pre>")
+            height = page.evaluate("document.querySelector('pre').offsetHeight + 48")
+            page.set_viewport_size({"width": 1400, "height": min(height, 1050)})
             keep_picture(page, name)
         assert not problems, problems
 
