@@ -103,7 +103,7 @@ KOREAN = {
     "keeping": "평가는 질문, 답, 출처와 함께 이 페이지를 여는 컴퓨터에 저장됩니다: ",
     "keys": "Enter 묻기, Shift+Enter 줄 바꾸기, Esc 멈추기.", "talk": "질문과 답", "loading": "불러오는 중"}
 
-# %% ../../nbs/08_deployment/11_page.ipynb #5dbbf95e
+# %% ../../nbs/08_deployment/11_page.ipynb #9968c51e
 TALK_STYLE = """
 html { height: 100%; }
 body { max-width: 48rem; min-height: 100%; display: flex; flex-direction: column; gap: .8rem;
@@ -128,6 +128,7 @@ summary { cursor: pointer; min-height: 1.5rem; }
 summary .place { color: var(--main); font-weight: 600; }
 .passage { margin: .5rem 0 .2rem; white-space: pre-wrap; max-height: 40vh; overflow: auto; }
 .tools { display: flex; gap: .4rem; align-items: center; flex-wrap: wrap; }
+.down svg { transform: rotate(180deg); }
 button, select { font: inherit; min-height: 2.75rem; min-width: 2.75rem; padding: .3rem .8rem; border-radius: .5rem;
          border: 1px solid var(--line); background: var(--card); color: var(--text); cursor: pointer; }
 button[aria-pressed=true] { border-color: var(--main); background: var(--main); color: var(--on); }
@@ -211,7 +212,7 @@ function source(one) {
 }
 """
 
-# %% ../../nbs/08_deployment/11_page.ipynb #175fe844
+# %% ../../nbs/08_deployment/11_page.ipynb #3f70d4a4
 THUMBS = """
 async function keep(turn, vote) {
   const {id, model, question, answer, citations} = turn;
@@ -227,20 +228,10 @@ async function keep(turn, vote) {
     return false;
   }
 }
-const THUMB = "M2 10h3v11H2z M7 10l4-8c1.7 0 3 1.3 3 3l-.6 4H20c1.3 0 2.2 1.2 1.9 2.5l-1.6 7.5c-.3 1.2-1.2 2-2.4 2H7z";
-function icon(shape, turned) {
-  const [picture, path] = ["svg", "path"].map(name => document.createElementNS("http://www.w3.org/2000/svg", name));
-  for (const [name, value] of [["viewBox", "0 0 24 24"], ["width", "18"], ["height", "18"], ["aria-hidden", "true"]])
-    picture.setAttribute(name, value);
-  path.setAttribute("d", shape);
-  path.setAttribute("fill", "currentColor");
-  if (turned) path.setAttribute("transform", "rotate(180 12 12)");
-  picture.append(path);
-  return picture;
-}
 function thumb(turn, vote) {
   const node = element("button", "thumb", "");
-  node.append(icon(THUMB, vote === "down"));
+  node.append(byId("icon").content.cloneNode(true));
+  node.classList.toggle("down", vote === "down");
   node.type = "button";
   node.setAttribute("aria-label", words[vote]);
   node.title = words[vote];
@@ -402,7 +393,7 @@ HEAD = f"""<!doctype html>
 </head>
 """
 
-# %% ../../nbs/08_deployment/11_page.ipynb #b0379b4e
+# %% ../../nbs/08_deployment/11_page.ipynb #2efc911b
 BODY = """<body>
 <header>
 <h1 data-word="title">Ask</h1>
@@ -424,6 +415,9 @@ BODY = """<body>
 <p class="note"><span data-word="keys"></span> <span data-word="keeping"></span><code>KEPT</code></p>
 </footer>
 <noscript>This page needs JavaScript.</noscript>
+<template id="icon"><svg viewBox="0 0 24 24" width="18" height="18" aria-hidden="true"><path fill="currentColor"
+d="M2 10h3v11H2z M7 10l4-8c1.7 0 3 1.3 3 3l-.6 4H20c1.3 0 2.2 1.2 1.9 2.5l-1.6 7.5c-.3 1.2-1.2 2-2.4 2H7z"/></svg>
+</template>
 """
 
 
