@@ -154,12 +154,12 @@ def serve_artifact(
         server.run(sockets=[socket])
         del alive
 
-# %% ../../nbs/08_deployment/07_serving.ipynb #c1c40af6
+# %% ../../nbs/08_deployment/07_serving.ipynb #9c0eefee
 def main(
     args: list[str] | None = None,  # command line; this process's when None
 ) -> int:  # exit status
-    "`python -m llmops.deployment.serving FOLDER --port PORT`."
-    parser = argparse.ArgumentParser(prog="python -m llmops.deployment.serving",
+    "`llmops serve FOLDER --port PORT`."
+    parser = argparse.ArgumentParser(prog="llmops serve",
                                      description="Serve an artifact on 127.0.0.1.")
     parser.add_argument("folder", nargs="?", default="runs/serving", help="what the serving stage made")
     parser.add_argument("--port", type=int, default=8000, help="0: any free port")

@@ -121,7 +121,7 @@ def lifecycle_table(
         lines.append(f"| [{s['step']}](../{s['notebook']}) | {s['what']} | {s['number']} |")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/11_studies/07_lifecycle.ipynb #2f4fe401
+# %% ../../nbs/11_studies/07_lifecycle.ipynb #a3c3e7e4
 def lifecycle_plot(
     steps: list[dict[str, Any]],  # what `lifecycle_steps` gives
     free: float | None = None,  # F1 of always refusing; None draws no line
@@ -133,7 +133,8 @@ def lifecycle_plot(
     f1 = [s["f1"] for s in scored]
     low = [s["f1"] if s["f1_low"] is None else s["f1_low"] for s in scored]  # one question has no interval
     high = [s["f1"] if s["f1_high"] is None else s["f1_high"] for s in scored]
-    below, above = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((f1, low), (high, f1))]
+    below = [mean - least for mean, least in zip(f1, low, strict=True)]
+    above = [most - mean for most, mean in zip(high, f1, strict=True)]
     ax.errorbar(range(len(scored)), f1, yerr=[below, above], fmt="o-", capsize=3, linewidth=1, color="#1f77b4")
     for x, s in enumerate(scored):
         size = f"\n{s['size_mb']:,.0f} MB" if "size_mb" in s else ""

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'HUMAN', 'COMMANDS', 'MODULES', 'CommandError', 'find_project', 'next_commands', 'run_goal', 'run_command',
-           'rag_command', 'gate_command', 'people_words', 'people_command', 'serve_command', 'verify_command',
-           'lineage_command', 'show_command', 'diff_command', 'status_command', 'profile_command', 'setup_command',
-           'clean_command', 'lab_command', 'docs_command', 'completion_command', 'Command', 'option', 'module_commands',
+           'rag_command', 'gate_command', 'people_words', 'people_command', 'verify_command', 'lineage_command',
+           'show_command', 'diff_command', 'status_command', 'profile_command', 'setup_command', 'clean_command',
+           'lab_command', 'docs_command', 'completion_command', 'Command', 'option', 'module_commands',
            'command_parser', 'call_module', 'call_command', 'main']
 
 # %% ../../nbs/12_tools/19_cli.ipynb #c0fdb060
@@ -129,16 +129,7 @@ def people_command(
     code = subprocess.run(words, cwd=root, env=tool_env()).returncode
     return code or human.main(["serve", out, "--port", str(given.port)])
 
-# %% ../../nbs/12_tools/19_cli.ipynb #4d797abf
-def serve_command(
-    given: argparse.Namespace,  # `folder`, `port`, `threads`, `index` and `documents`
-) -> int:  # exit code
-    "Serve an artifact until Ctrl-C."
-    words = [given.folder, "--port", str(given.port), "--threads", str(given.threads), "--documents", given.documents]
-    words += ["--index", given.index] if given.index is not None else []
-    return importlib.import_module("llmops.deployment.serving").main(words)
-
-
+# %% ../../nbs/12_tools/19_cli.ipynb #7352a6b9
 def verify_command(
     given: argparse.Namespace,  # `artifacts`
 ) -> int:  # 1 when one is not what it was
@@ -304,7 +295,7 @@ def option(
     "An option of a command."
     return names, about
 
-# %% ../../nbs/12_tools/19_cli.ipynb #13c61788
+# %% ../../nbs/12_tools/19_cli.ipynb #fdba821c
 COMMANDS = {
     "run": Command(run_command, "run what has changed of the pipeline, or of the stages named and what they need", (
         option("stages", nargs="*", metavar="STAGE", help="such as gate or evaluate@base; the pipeline if none"),
@@ -314,12 +305,6 @@ COMMANDS = {
     "people": Command(people_command, "have people rate answers in the browser; prints a link for each rater", (
         option("action", nargs="?", default="serve", choices=["serve", "report"], help="what to do; serve if not said"),
         option("--port", type=int, default=8010, help="of the rating page; 0: any free one"))),
-    "serve": Command(serve_command, "serve the winner through the OpenAI API", (
-        option("folder", nargs="?", default="runs/serving", help="a served artifact; runs/serving if not said"),
-        option("--port", type=int, default=8000, help="on 127.0.0.1; 0: any free one"),
-        option("--threads", type=int, default=0, help="CPU threads; 0: every core"),
-        option("--documents", default="", help="folder of documents to answer from; it is indexed first"),
-        option("--index", help="retrieval artifact to answer from; runs/retrieval where it is there; '': none"))),
     "verify": Command(verify_command, "hash artifacts again: is each what it was?", (
         option("artifacts", nargs="*", metavar="ARTIFACT", help="folders; all under runs/ if none"),)),
     "lineage": Command(lineage_command, "what an artifact was made from, back to the sources", (
@@ -341,9 +326,10 @@ COMMANDS = {
         option("shell", choices=["bash", "zsh"], help="which shell"),)),
 }
 
-# %% ../../nbs/12_tools/19_cli.ipynb #8e28918e
+# %% ../../nbs/12_tools/19_cli.ipynb #23adf272
 MODULES = {  # command -> a module with `main(argv)`, words that come before the given ones, one line of help
     "ask": ("llmops.deployment.ask", (), "ask your documents a question"),
+    "serve": ("llmops.deployment.serving", (), "serve the winner through the OpenAI API, with a page to ask on"),
     "new": ("llmops.tools.new_profile", (), "make a profile for your own data"),
     "trace": ("llmops.foundation.versions", ("trace",), "where a row of the data stands, and what was made from it"),
 }
