@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['KIND', 'MetricsParams', 'which_fit', 'generate_fitting', 'answer_rows', 'deployed_size_mb', 'measure_speed',
-           'describe_protocol', 'MetricsInputs', 'resolve_inputs', 'finite_perplexity', 'MetricsResult',
-           'write_evaluation', 'score_version', 'run_metrics']
+           'describe_protocol', 'MetricsInputs', 'resolve_strategy', 'resolve_inputs', 'finite_perplexity',
+           'MetricsResult', 'write_evaluation', 'score_version', 'run_metrics']
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #29cec77a
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from .logprobs import gold_logprobs, pack_logprobs
-from ..foundation.artifacts import json_digest, seal, working_folder
+from ..foundation.artifacts import json_digest, resolve_source, seal, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.checkpoints import adapter_base
-from ..foundation.generation import context_length, encode_prompt, generate_scored, generation_speed
+from ..foundation.generation import context_length, encode_prompt, generation_speed
 from ..foundation.checkpoints import model_kind, model_path, size_mb
 from ..foundation.generation import perplexity
 from ..foundation.models import load_model
@@ -29,6 +29,8 @@ from ..foundation.prompts import DEFAULT_TASK, score_title
 from ..foundation.reading import write_jsonl
 from ..foundation.report import show_table, write_json
 from ..foundation.stats import EvaluationError
+from ..foundation.strategies import (
+    Constrain, Strategy, ask_strategy, describe_strategy, read_strategy, strategy_rows)
 from ..foundation.tasks import Asked, read_asked, score_predictions, summarize_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
@@ -45,6 +47,8 @@ class MetricsParams:
     model: str = "tiny:llama"  # the version: an artifact's folder, a Hub id, a GGUF file, or tiny:ARCH
     version: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "tiny"  # its name on the leaderboard
     data: str = "tiny:data"  # a dataset artifact's folder, or tiny:data
+    strategy: str = ""  # how it is asked: the artifact of a prompting stage; "" for once, in the dataset's words
+    constrain: Constrain = "none"  # what it may answer: anything, a span of the passage or the refusal, a label
     split: Literal["test", "valid", "train"] = "test"  # which questions to ask
     questions: Annotated[int, Field(ge=0)] = 0  # at most so many questions; 0 asks all
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 8  # longest answer, tokens
@@ -74,19 +78,22 @@ def which_fit(
 def generate_fitting(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
-    prompts: list[list[dict[str, str]]],  # chat messages
+    rows: list[dict[str, Any]],  # questions with `prompt` and `passage`
     fitting: list[bool],  # of `which_fit`
     max_new_tokens: int,  # longest answer, tokens
     batch_size: int,  # questions at once
+    asked: Asked = Asked(),  # noqa: B008  the task; it is immutable
+    strategy: Strategy = Strategy(),  # noqa: B008  how it answers; it is immutable
 ) -> list[tuple[str, float | None]]:  # answer and mean log-probability of its tokens; empty and None when not asked
     "Ask every question that fits."
-    asked = [prompt for prompt, fits in zip(prompts, fitting, strict=True) if fits]
-    if not asked:
+    told = [row for row, fits in zip(rows, fitting, strict=True) if fits]
+    if not told:
         length = context_length(model)
-        raise EvaluationError(f"not one of {len(prompts)} prompts fits the model's context of {length} tokens with "
+        raise EvaluationError(f"not one of {len(rows)} prompts fits the model's context of {length} tokens with "
                               f"max_new_tokens={max_new_tokens}; take a model with a longer context, "
                               "or shorter passages")
-    outputs = generate_scored(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    outputs = ask_strategy(model, tokenizer, [row["prompt"] for row in told], [[row["passage"]] for row in told],
+                           strategy, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     remaining = iter(outputs)
     return [next(remaining) if fits else ("", None) for fits in fitting]
 
@@ -98,11 +105,12 @@ def answer_rows(
     max_new_tokens: int,  # longest answer, tokens
     batch_size: int,  # questions at once
     asked: Asked = Asked(),  # noqa: B008  the task, which says how answers are scored; it is immutable
+    strategy: Strategy = Strategy(),  # noqa: B008  how it is asked; it is immutable
 ) -> tuple[list[dict[str, Any]], list[bool]]:  # scored rows with `probability`, and which prompts fit
-    "Ask and score. `probability` is per token (geometric mean), and None for a prompt that was not asked."
+    """Ask and score. `probability` is per token (geometric mean) or the share of votes, and None for a prompt that was
+    not asked."""
     fitting = which_fit(model, tokenizer, rows, max_new_tokens)
-    prompts = [row["prompt"] for row in rows]
-    outputs = generate_fitting(model, tokenizer, prompts, fitting, max_new_tokens, batch_size)
+    outputs = generate_fitting(model, tokenizer, rows, fitting, max_new_tokens, batch_size, asked, strategy)
     predictions = score_predictions(asked, rows, [text for text, _ in outputs])
     for prediction, (_, logprob) in zip(predictions, outputs, strict=True):
         prediction["probability"] = None if logprob is None else math.exp(logprob)
@@ -161,6 +169,15 @@ class MetricsInputs:
     rows: list[dict[str, Any]]  # questions
     texts: list[str]  # texts that are not the task's
     asked: Asked  # the task
+    strategy: Strategy  # how the version is asked
+
+
+def resolve_strategy(
+    cfg: MetricsParams,  # which strategy
+) -> Strategy:
+    "How the version is asked."
+    strategy = read_strategy(resolve_source(cfg.strategy)) if cfg.strategy else Strategy()
+    return strategy if cfg.constrain == "none" else replace(strategy, constrain=cfg.constrain)
 
 
 def resolve_inputs(
@@ -172,7 +189,7 @@ def resolve_inputs(
         raise EvaluationError(f"split: the {cfg.split} split of {cfg.data} is empty, so there is nothing to ask")
     texts = [row["text"] for row in read_split(cfg.data, "general_test")[:cfg.perplexity_texts]]
     data = dataset_path(cfg.data)
-    return MetricsInputs(model_path(cfg.model), data, rows, texts, read_asked(data))
+    return MetricsInputs(model_path(cfg.model), data, rows, texts, read_asked(data), resolve_strategy(cfg))
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #2674ca69
 def finite_perplexity(
@@ -220,12 +237,13 @@ def score_version(
     cfg: MetricsParams,  # how to measure
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], dict[str, Any]]:  # predictions to metrics
     "Everything that is measured on one loaded version: its predictions, scores, arrays and metrics."
-    predictions, fitting = answer_rows(model, tokenizer, inputs.rows, cfg.max_new_tokens, cfg.batch_size,
-                                       inputs.asked)
-    metrics = measure_speed(model, tokenizer, inputs.rows, cfg.speed_prompts, cfg.speed_new_tokens)
+    told = strategy_rows(inputs.strategy, inputs.asked, inputs.rows)
+    predictions, fitting = answer_rows(model, tokenizer, told, cfg.max_new_tokens, cfg.batch_size, inputs.asked,
+                                       inputs.strategy)
+    metrics = measure_speed(model, tokenizer, told, cfg.speed_prompts, cfg.speed_new_tokens)
     scores = summarize_predictions(inputs.asked, predictions, cfg.seed, cfg.resamples)
     scores["over_context"] = fitting.count(False)
-    rows = [row for row, fits in zip(inputs.rows[:cfg.kl_questions], fitting, strict=False) if fits]
+    rows = [row for row, fits in zip(told[:cfg.kl_questions], fitting, strict=False) if fits]
     arrays = {}
     if rows:
         logprobs = gold_logprobs(model, tokenizer, rows, max(1, cfg.batch_size // 2))
@@ -248,10 +266,12 @@ def run_metrics(
         scores |= {"version": cfg.version, "kind": model_kind(inputs.model), "size_mb": size,
                    "refusal": inputs.asked.refusal,
                    "protocol": describe_protocol(cfg, inputs.rows, inputs.texts, inputs.asked)}
+        scores |= {"strategy": special} if (special := describe_strategy(inputs.strategy)) else {}
         write_evaluation(work, predictions, scores, arrays)
     log.summary({k: v for k, v in (scores | metrics).items() if isinstance(v, int | float)})
     log.table("predictions", predictions[:50])
     if scores["over_context"]:
         print(f"{scores['over_context']} of {len(inputs.rows)} prompts do not fit the context: not asked, scored 0")
     model_ref = inputs.model if cfg.model.startswith("tiny:") else cfg.model
-    return MetricsResult(work, {"model": model_ref, "data": inputs.data}, metrics, scores, predictions, inputs.asked)
+    read = {"model": model_ref, "data": inputs.data} | ({"strategy": cfg.strategy} if cfg.strategy else {})
+    return MetricsResult(work, read, metrics, scores, predictions, inputs.asked)

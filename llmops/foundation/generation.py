@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .chat import Messages, encode_completion, encode_prompt, encode_text
+from .constraints import TokenTrie, TrieWalk
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +137,20 @@ def generate_batch(
     max_new_tokens: int,  # longest answer, tokens
     pad: int,  # id of the pad token
     stop: list[int],  # tokens that end an answer
+    *,
+    tries: list["TokenTrie | None"] | None = None,  # per row what may be written; None for anything
+    temperature: float = 0.0,  # of sampling, with torch's own generator; 0 takes the most likely token
 ) -> tuple["torch.Tensor", "torch.Tensor"]:  # the answers' token ids and log-probabilities, each [rows, steps]
-    "Continue every row of a batch with the most likely token at every step."
+    "Continue every row of a batch. The log-probabilities are the model's own, whatever was struck out."
     import torch
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if tries:
+        options["logits_processor"] = [TrieWalk(tries, stop)]
     with torch.inference_mode():
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=pad,
+            **inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad,
             output_logits=True, return_dict_in_generate=True)
     tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     return tokens, chosen_logprobs(output.logits, tokens)
@@ -155,6 +164,8 @@ def generate_scored(
     max_new_tokens: int = 32,  # longest answer, tokens
     batch_size: int = 16,  # conversations at once
     progress: bool = True,  # show a bar?
+    tries: list["TokenTrie | None"] | None = None,  # per conversation what may be written; None for anything
+    temperature: float = 0.0,  # of sampling, with torch's own generator; 0 takes the most likely token
 ) -> list[tuple[str, float]]:  # answers without special tokens, and their tokens' mean log-probability
     "Answer each conversation with the most likely token at every step, and say how sure the model was."
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -163,7 +174,9 @@ def generate_scored(
     answers = [("", 0.0)] * len(rows)
     for batch in length_batches(rows, batch_size, progress, "answering"):
         inputs = left_pad([rows[i] for i in batch], pad, model.device)
-        tokens, logprobs = generate_batch(model, inputs, max_new_tokens, pad, stop)
+        held = [tries[i] for i in batch] if tries else None
+        tokens, logprobs = generate_batch(model, inputs, max_new_tokens, pad, stop, tries=held,
+                                          temperature=temperature)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for row, i in enumerate(batch):
             length = answer_length(tokens[row], stop)
