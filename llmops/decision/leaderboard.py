@@ -41,6 +41,7 @@ from ..foundation.tracking import UNTRACKED, Run, track
 class LeaderboardParams:
     "What the leaderboard may be told."
     evaluations: str = "tiny:evaluations"  # folder with one evaluation per subfolder, or tiny:evaluations
+    more: str = ""  # another folder of evaluations, such as those of strategies; "" for none
     base: str = "base"  # the version that differences are taken to
     reference: str = "qlora"  # the version that KL and top-1 agreement are taken to
     examples: Annotated[int, Field(ge=0)] = 3  # questions whose answers are shown side by side
@@ -109,7 +110,7 @@ def run_leaderboard(
 ) -> LeaderboardResult:  # to be sealed
     "Join the evaluations. Raises `EvaluationError` when they cannot be compared."
     folder = evaluations_path(cfg.evaluations)
-    versions = read_evaluations(folder, tuple(VERSIONS))
+    versions = read_evaluations(folder, tuple(VERSIONS), cfg.more)
     seed_everything(cfg.seed)
     scores = score_rows(versions, RowOptions(cfg.base, cfg.reference, cfg.seed, cfg.resamples))
     rows, winner = add_costs(scores, versions), choose_winner(versions, scores)
@@ -128,12 +129,12 @@ def run_leaderboard(
 
 # %% ../../nbs/06_decision/11_leaderboard.ipynb #e4b9f9e5
 def main(
-    args: list[str],  # `show`
+    args: list[str],  # `show`, and perhaps the leaderboard's folder
 ) -> None:
     "The command line: show the leaderboard."
-    if args != ["show"]:
-        raise SystemExit("usage: python -m llmops.decision.leaderboard show")
-    folder = resolve_path("runs/leaderboard")
+    if args[:1] != ["show"] or len(args) > 2:
+        raise SystemExit("usage: python -m llmops.decision.leaderboard show [FOLDER]")
+    folder = resolve_path(args[1] if len(args) > 1 else "runs/leaderboard")
     try:
         read_manifest(folder, KIND)
     except ValueError as e:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KIND', 'MetricsParams', 'which_fit', 'generate_fitting', 'answer_rows', 'deployed_size_mb', 'measure_speed',
            'describe_protocol', 'MetricsInputs', 'resolve_strategy', 'resolve_inputs', 'finite_perplexity',
-           'MetricsResult', 'write_evaluation', 'score_version', 'run_metrics']
+           'MetricsResult', 'write_evaluation', 'mean_tokens', 'score_version', 'run_metrics']
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #29cec77a
 import math
@@ -30,7 +30,7 @@ from ..foundation.reading import write_jsonl
 from ..foundation.report import show_table, write_json
 from ..foundation.stats import EvaluationError
 from ..foundation.strategies import (
-    Constrain, Strategy, ask_strategy, describe_strategy, read_strategy, strategy_rows)
+    BEST, Constrain, Said, Strategy, ask_strategy, describe_strategy, read_strategy, strategy_rows)
 from ..foundation.tasks import Asked, read_asked, score_predictions, summarize_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
@@ -48,6 +48,7 @@ class MetricsParams:
     version: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "tiny"  # its name on the leaderboard
     data: str = "tiny:data"  # a dataset artifact's folder, or tiny:data
     strategy: str = ""  # how it is asked: the artifact of a prompting stage; "" for once, in the dataset's words
+    strategy_name: str = BEST  # which of the artifact's strategies; best-prompt is the one that it chose
     constrain: Constrain = "none"  # what it may answer: anything, a span of the passage or the refusal, a label
     split: Literal["test", "valid", "train"] = "test"  # which questions to ask
     questions: Annotated[int, Field(ge=0)] = 0  # at most so many questions; 0 asks all
@@ -84,7 +85,7 @@ def generate_fitting(
     batch_size: int,  # questions at once
     asked: Asked = Asked(),  # noqa: B008  the task; it is immutable
     strategy: Strategy = Strategy(),  # noqa: B008  how it answers; it is immutable
-) -> list[tuple[str, float | None]]:  # answer and mean log-probability of its tokens; empty and None when not asked
+) -> list[Said | None]:  # what it said; None when it was not asked
     "Ask every question that fits."
     told = [row for row, fits in zip(rows, fitting, strict=True) if fits]
     if not told:
@@ -95,7 +96,7 @@ def generate_fitting(
     outputs = ask_strategy(model, tokenizer, [row["prompt"] for row in told], [[row["passage"]] for row in told],
                            strategy, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     remaining = iter(outputs)
-    return [next(remaining) if fits else ("", None) for fits in fitting]
+    return [next(remaining) if fits else None for fits in fitting]
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #f733eac6
 def answer_rows(
@@ -108,12 +109,14 @@ def answer_rows(
     strategy: Strategy = Strategy(),  # noqa: B008  how it is asked; it is immutable
 ) -> tuple[list[dict[str, Any]], list[bool]]:  # scored rows with `probability`, and which prompts fit
     """Ask and score. `probability` is per token (geometric mean) or the share of votes, and None for a prompt that was
-    not asked."""
+    not asked. `prompt_tokens` and `completion_tokens` are what was read and written for it."""
     fitting = which_fit(model, tokenizer, rows, max_new_tokens)
     outputs = generate_fitting(model, tokenizer, rows, fitting, max_new_tokens, batch_size, asked, strategy)
-    predictions = score_predictions(asked, rows, [text for text, _ in outputs])
-    for prediction, (_, logprob) in zip(predictions, outputs, strict=True):
-        prediction["probability"] = None if logprob is None else math.exp(logprob)
+    predictions = score_predictions(asked, rows, [said.text if said else "" for said in outputs])
+    for row, prediction, said in zip(rows, predictions, outputs, strict=True):
+        prediction["probability"] = math.exp(said.logprob) if said else None
+        read = len(encode_prompt(tokenizer, row["prompt"])) * strategy.samples if said else 0
+        prediction |= {"prompt_tokens": read, "completion_tokens": said.tokens if said else 0}
     return predictions, fitting
 
 # %% ../../nbs/04_evaluation/01_metrics.ipynb #d8bd547b
@@ -176,7 +179,7 @@ def resolve_strategy(
     cfg: MetricsParams,  # which strategy
 ) -> Strategy:
     "How the version is asked."
-    strategy = read_strategy(resolve_source(cfg.strategy)) if cfg.strategy else Strategy()
+    strategy = read_strategy(resolve_source(cfg.strategy), cfg.strategy_name) if cfg.strategy else Strategy()
     return strategy if cfg.constrain == "none" else replace(strategy, constrain=cfg.constrain)
 
 
@@ -229,7 +232,15 @@ def write_evaluation(
     if arrays:
         save_file(arrays, work / "logprobs.safetensors")
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #017352b3
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #e2c9f6f0
+def mean_tokens(
+    predictions: list[dict[str, Any]],  # with `prompt_tokens` and `completion_tokens`
+) -> float:  # of the questions that were asked
+    "How many tokens a question takes, read and written."
+    tokens = [p["prompt_tokens"] + p["completion_tokens"] for p in predictions if p["prompt_tokens"]]
+    return sum(tokens) / max(1, len(tokens))
+
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #c2b040ae
 def score_version(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
@@ -243,6 +254,7 @@ def score_version(
     metrics = measure_speed(model, tokenizer, told, cfg.speed_prompts, cfg.speed_new_tokens)
     scores = summarize_predictions(inputs.asked, predictions, cfg.seed, cfg.resamples)
     scores["over_context"] = fitting.count(False)
+    scores["tokens_per_request"] = mean_tokens(predictions)
     rows = [row for row, fits in zip(told[:cfg.kl_questions], fitting, strict=False) if fits]
     arrays = {}
     if rows:

@@ -113,13 +113,16 @@ def check_once(
 def read_evaluations(
     folder: str | Path,  # a folder with one evaluation in each subfolder
     order: Sequence[str] = (),  # versions that come first; the others follow by name
+    more: str | Path = "",  # another such folder; "" for none
 ) -> dict[str, Evaluated]:  # version -> evaluation
-    "Read every evaluation of a folder. Refuses versions that were evaluated under different conditions."
-    folder = resolve_path(folder)
-    evaluations = [read_evaluation(path.parent) for path in sorted(folder.glob("[!.]*/manifest.json"))]
-    if not evaluations:
-        raise EvaluationError(f"evaluations: no evaluation in {relative_path(folder)}/*/ ; "
-                              "run the evaluation stage first")
+    "Read every evaluation of a folder, or of two. Refuses versions that were evaluated under different conditions."
+    evaluations = list[Evaluated]()
+    for place in (folder, more) if more else (folder,):
+        found = sorted(resolve_path(place).glob("[!.]*/manifest.json"))
+        if not found:
+            raise EvaluationError(f"evaluations: no evaluation in {relative_path(resolve_path(place))}/*/ ; "
+                                  "run the evaluation stage first")
+        evaluations += [read_evaluation(path.parent) for path in found]
     places = {version: place for place, version in enumerate(order)}
     evaluations.sort(key=lambda e: (places.get(e.version, len(order)), e.version))
     check_once(evaluations)

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .answers import normalize_answer
-from .chat import Messages
+from .chat import Messages, encode_completion
 from .constraints import TokenTrie, add_choices, span_trie
 from .encoders import Encode
 from .generation import generate_scored
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['Constrain', 'STRATEGY', 'Strategy', 'text_vectors', 'draw_examples', 'diverse_examples', 'similar_examples',
-           'pick_examples', 'strategy_prompt', 'answer_trie', 'final_answer', 'vote', 'ask_strategy', 'refuse_unsure',
-           'fit_refusal', 'write_strategy', 'read_strategy', 'strategy_rows', 'describe_strategy']
+__all__ = ['Constrain', 'STRATEGIES', 'BEST', 'Strategy', 'text_vectors', 'draw_examples', 'diverse_examples', 'similar_examples',
+           'pick_examples', 'strategy_prompt', 'answer_trie', 'final_answer', 'vote', 'Said', 'ask_strategy',
+           'refuse_unsure', 'fit_refusal', 'write_strategies', 'read_strategy', 'strategy_rows', 'describe_strategy']
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #32ba9a04
 Constrain = Literal["none", "spans", "labels"]  # what an answer may be: anything, a span of the passage, a label
@@ -42,8 +42,8 @@ class Strategy:
     "How a model is asked; by default once, in the dataset's words, without an example."
     instruction: str = ""  # the system message; "" for the dataset's
     shots: int = 0  # examples that are shown before the question
-    pick: Literal["random", "diverse", "similar"] = "random"  # which: the same for all questions, or those like it
-    examples: tuple[Row, ...] = ()  # what they are picked from: rows with `passage`, `question`, `answer`, `answerable`
+    pick: Literal["first", "similar"] = "first"  # which: the first ones for all questions, or those most like it
+    examples: tuple[Row, ...] = ()  # what they are picked from: rows with `passage`, `question` and `answer`
     marker: str = ""  # the answer is what follows the last such mark; "" for all that is said
     constrain: Constrain = "none"  # what may be written
     samples: int = 1  # answers that are drawn; the one with most votes is given
@@ -98,7 +98,7 @@ def diverse_examples(
     seed: int = 42,  # of the first one
     encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
 ) -> list[Row]:  # each as far as possible from those before it
-    "Choose examples that cover the task: farthest-point sampling ([Gonzalez, 1985](https://doi.org/10.1016/0304-3975(85)90224-5))."
+    "Choose examples that cover the task: farthest-point sampling (Gonzalez, 1985, doi 10.1016/0304-3975(85)90224-5)."
     if not shots:
         return []
     vectors = text_vectors([f"{row['question']} {row['passage']}" for row in rows], encode)
@@ -130,8 +130,10 @@ def pick_examples(
     rows: Sequence[Row],  # questions
     encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
 ) -> list[list[Row]]:  # one list per question
-    "Choose the examples for each question. Raises `DataError` when a question's own passage is among them."
+    "Choose the examples for each question. Raises `DataError` when a question's own passage may be among them."
     pool = list(strategy.examples)
+    if strategy.pick == "first":
+        pool = pool[:strategy.shots]
     shown = {row["passage"] for row in pool if row["passage"]} if strategy.shots else set[str]()
     for row in rows:
         if row["passage"] in shown:
@@ -139,10 +141,7 @@ def pick_examples(
                             "them from the train split")
     if strategy.pick == "similar":
         return similar_examples(pool, [row["question"] for row in rows], strategy.shots, encode)
-    choose = draw_examples(pool, strategy.shots, strategy.seed)
-    if strategy.pick == "diverse":
-        choose = diverse_examples(pool, strategy.shots, strategy.seed, encode)
-    return [choose for _ in rows]
+    return [pool[:strategy.shots] for _ in rows]
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #c3486b62
 def strategy_prompt(
@@ -209,6 +208,13 @@ def vote(
     return max(won)[1], math.log(len(won) / len(answers))
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #ee9fe01e
+class Said(NamedTuple):
+    "What a strategy came to."
+    text: str  # the answer
+    logprob: float  # mean log-probability of its tokens, or the logarithm of its share of the votes
+    tokens: int  # that were written for it: thoughts, every sample, and what ends them
+
+
 def ask_strategy(
     model: Any,  # a causal LM
     tokenizer: PreTrainedTokenizerBase,  # its tokenizer
@@ -220,18 +226,20 @@ def ask_strategy(
     max_new_tokens: int = 32,  # longest answer, tokens
     batch_size: int = 8,  # questions at once
     progress: bool = True,  # show a bar?
-) -> list[tuple[str, float]]:  # answers, and the mean log-probability of their tokens, or of their votes
-    "Answer as a strategy says. An answer that is not sure enough becomes the refusal, with the probability that it had."
+) -> list[Said]:  # one per prompt
+    "Answer as a strategy says. An answer that is not sure enough becomes the refusal, and keeps its probability."
     import torch
     tries = [answer_trie(tokenizer, texts, strategy.constrain, asked, max_new_tokens) for texts in passages]
     torch.manual_seed(strategy.seed)
-    drawn = []
+    drawn, written = [], [0] * len(prompts)
     for _ in range(strategy.samples):
         said = generate_scored(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
                                progress=progress, tries=tries, temperature=strategy.temperature)
+        written = [n + len(encode_completion(tokenizer, text)) for n, (text, _) in zip(written, said, strict=True)]
         drawn.append([(final_answer(text, strategy.marker), logprob) for text, logprob in said])
     answers = [vote(ballot) for ballot in zip(*drawn, strict=True)] if strategy.samples > 1 else drawn[0]
-    return [(refuse_unsure(text, logprob, strategy.refuse_below, asked.refusal), logprob) for text, logprob in answers]
+    return [Said(refuse_unsure(text, logprob, strategy.refuse_below, asked.refusal), logprob, tokens)
+            for (text, logprob), tokens in zip(answers, written, strict=True)]
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #8c0b48bc
 def refuse_unsure(
@@ -261,26 +269,34 @@ def fit_refusal(
     return threshold, best / max(1, len(predictions))
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #25f9a468
-STRATEGY = "strategy.json"
+STRATEGIES = "strategies.json"
+BEST = "best-prompt"  # what the chosen strategy can be called, too
 
 
-def write_strategy(
+def write_strategies(
     folder: Path,  # an artifact's working folder
-    strategy: Strategy,  # how to ask
+    strategies: dict[str, Strategy],  # name -> how to ask
+    chosen: str,  # name of the best
 ) -> None:
-    "Keep a strategy in an artifact."
-    write_json(folder / STRATEGY, asdict(strategy))
+    "Keep strategies in an artifact."
+    kept = {name: asdict(strategy) for name, strategy in strategies.items()}
+    write_json(folder / STRATEGIES, {"chosen": chosen, "strategies": kept})
 
 
 def read_strategy(
-    folder: Path,  # of `write_strategy`
+    folder: Path,  # of `write_strategies`
+    name: str = BEST,  # of the strategy
 ) -> Strategy:
-    "Read a strategy. Raises `ParamError` for a folder without one."
-    path = folder / STRATEGY
+    "Read a strategy. Raises `ParamError` for a folder without strategies, and for a name that there is not."
+    path = folder / STRATEGIES
     if not path.is_file():
-        raise ParamError(f"strategy: {folder.name} holds no {STRATEGY}; give the artifact of a prompting stage")
+        raise ParamError(f"strategy: {folder.name} holds no {STRATEGIES}; give the artifact of a prompting stage")
     kept = json.loads(path.read_text(encoding="utf-8"))
-    return Strategy(**{**kept, "examples": tuple(kept["examples"])})
+    found = kept["strategies"].get(kept["chosen"] if name == BEST else name)
+    if found is None:
+        raise ParamError(f"strategy_name: {folder.name} has no strategy {name!r}; it has {BEST} ({kept['chosen']}) and "
+                         f"{', '.join(kept['strategies'])}")
+    return Strategy(**{**found, "examples": tuple(found["examples"])})
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #f146557c
 def strategy_rows(

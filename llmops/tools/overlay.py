@@ -110,7 +110,7 @@ def room_overlay(
     "What makes room for long prompts and answers."
     reply, whole = min(answer, 512), prompt + answer
     files: dict[str, dict[str, Any]] = {
-        "evaluation": {"max_new_tokens": max(24, reply)}, "answering": {"max_new_tokens": max(32, reply)},
+        "evaluation": {"max_new_tokens": max(24, reply)}, "prompting": {"max_new_tokens": max(24, reply)}, "answering": {"max_new_tokens": max(32, reply)},
         "serving": {"max_tokens": max(32, reply)}}
     if whole > 512:
         files["quantization"] = {"max_tokens": min(2048, whole)}
@@ -231,6 +231,7 @@ def make_overlay(
     data = data_overlay(seen, declared["data"], stated)
     wanted: dict[str, dict[str, Any]] = room_overlay(*prompt_room(seen, data["instruction"]))
     wanted["data"] = data | wanted.get("data", {})
+    wanted["prompting"] = wanted.get("prompting", {}) | {"instructions": []}  # those are about the embedded data
     wanted["retrieval"] = retrieval_overlay(seen, documents, tables)
     wanted["gate"] = gate_overlay(seen, declared["gate"], name)
     if stated.get("model"):
