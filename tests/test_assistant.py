@@ -79,7 +79,7 @@ def knowing(tiny, collection, answer: str, threshold: float | None = None, logpr
     trust = find_trust("runs/nowhere", tiny.digest, collection)
     if threshold is not None:
         trust = Trust(Threshold(threshold, 1.0, 5, 9, True), "fitted")
-    return Assistant(replace(tiny, ask=lambda messages, most: (answer, logprob)), collection, trust)
+    return Assistant(replace(tiny, ask=lambda messages, most, passages: (answer, logprob)), collection, trust)
 
 
 # --- places -----------------------------------------------------------------------------------------------------------

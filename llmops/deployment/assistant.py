@@ -18,6 +18,7 @@ from .sources import Collection, Evidence, show_evidence
 from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, read_manifest, resolve_source
 from ..foundation.chat import encode_prompt
 from ..foundation.checkpoints import model_path
+from ..foundation.constraints import span_trie
 from ..foundation.generation import generate_scored
 from ..foundation.project import ParamError, relative_path, resolve_path
 from ..foundation.tasks import Asked, read_asked
@@ -33,6 +34,7 @@ class Trust:
     note: str  # one sentence for whoever reads an answer
     context_tokens: int = 640  # room for passages, as in the stage that fitted it
     max_new_tokens: int = 32  # longest answer, likewise
+    constrain: str = "none"  # what may be answered, likewise: none (anything) or spans (of a passage)
 
 
 def fitted_threshold(
@@ -81,7 +83,8 @@ def find_trust(
         reason = str(e) if (folder / MANIFEST).is_file() else f"there is no {relative_path(folder)}"
         return Trust(None, f"{UNFITTED} ({reason}); look at the passage.")
     params = read_manifest(folder)["params"]
-    return Trust(threshold, describe_threshold(threshold), params["context_tokens"], params["max_new_tokens"])
+    return Trust(threshold, describe_threshold(threshold), params["context_tokens"], params["max_new_tokens"],
+                 params.get("constrain", "none"))
 
 # %% ../../nbs/08_deployment/09_assistant.ipynb #3db49e35
 def version_asked(
@@ -101,7 +104,8 @@ class Version:
     name: str  # what people call it
     digest: str  # of the model's files
     asked: Asked  # the words of its prompts, and how it says that there is no answer
-    ask: Callable[[Messages, int], tuple[str, float]]  # prompt, most tokens -> answer, its mean log-probability
+    ask: Callable[[Messages, int, list[str]], tuple[str, float]]  # prompt, most tokens, passages that the answer is
+    # held to ([]: to none) -> answer, its mean log-probability
     count: Callable[[str], int]  # tokens of a text
     prompt_tokens: Callable[[Messages], int]  # tokens of a prompt
 
@@ -114,8 +118,11 @@ def loaded_version(
     tokenizer: Any,  # its tokenizer
 ) -> Version:
     "A model of transformers."
-    def ask(messages: Messages, max_new_tokens: int) -> tuple[str, float]:
-        return generate_scored(model, tokenizer, [messages], max_new_tokens=max_new_tokens, progress=False)[0]
+    def ask(messages: Messages, max_new_tokens: int, passages: list[str]) -> tuple[str, float]:
+        trie = span_trie(tokenizer, passages, max_new_tokens - 1, [asked.refusal]) if passages else None
+        [said] = generate_scored(model, tokenizer, [messages], max_new_tokens=max_new_tokens, progress=False,
+                                 tries=[trie])
+        return said
 
     return Version(name, digest, asked, ask, token_counter(tokenizer), lambda m: len(encode_prompt(tokenizer, m)))
 
@@ -167,7 +174,8 @@ def ask_assistant(
         question, collection.index, version.count, budget=trust.context_tokens,
         k=collection.params["context_chunks"], weight=collection.weight)
     messages, found = version.asked.prompt(packed.text, question), time.perf_counter()
-    text, logprob = version.ask(messages, min(max_tokens or trust.max_new_tokens, trust.max_new_tokens))
+    longest = min(max_tokens or trust.max_new_tokens, trust.max_new_tokens)
+    text, logprob = version.ask(messages, longest, packed.texts if trust.constrain == "spans" else [])
     seconds = {"search": found - start, "answer": time.perf_counter() - found}
     threshold = trust.threshold.value if trust.threshold else 0.0
     said = canonical_text(text), logprob

@@ -24,6 +24,7 @@ from .sources import open_collection
 from .streaming import Completion, StreamedAnswer, completion_fields, sse_event, token_usage
 from .token_prompts import COMPLETION, chat_tokens, fill_gaps, tokenize
 from .transformers_engine import TransformersEngine
+from ..foundation.constraints import cut_to_span, span_grammar
 from ..foundation.generation import PromptTooLong
 from ..foundation.project import ParamError
 from ..foundation.tasks import Asked
@@ -38,9 +39,11 @@ def scored_completion(
     client: "httpx.Client",  # of llama.cpp
     ids: list[int],  # the prompt's tokens
     max_new_tokens: int,  # longest answer
+    grammar: str = "",  # of what may be written, in GBNF; "" for anything
 ) -> tuple[str, float]:  # the answer, and the mean log-probability of its tokens
     "Let llama.cpp write the most likely answer. Raises `ApiError` in the gateway's words."
     body = {"prompt": ids, "max_tokens": max_new_tokens, "temperature": 0.0, "logprobs": 1}
+    body |= {"grammar": grammar} if grammar else {}
     response = client.post(COMPLETION, json=body)
     if response.status_code != 200:
         raise llamacpp_error(response.json())
@@ -60,8 +63,12 @@ def llamacpp_version(
     def encode(messages: Messages) -> list[int]:
         return chat_tokens(engine.reader, fill_gaps(messages, engine.gaps), engine.controls)
 
-    def ask(messages: Messages, max_new_tokens: int) -> tuple[str, float]:
-        return scored_completion(engine.reader, encode(messages), max_new_tokens)
+    def ask(messages: Messages, max_new_tokens: int, passages: list[str]) -> tuple[str, float]:
+        if not passages:
+            return scored_completion(engine.reader, encode(messages), max_new_tokens)
+        grammar = span_grammar(passages, [asked.refusal])
+        said, logprob = scored_completion(engine.reader, encode(messages), max_new_tokens, grammar)
+        return cut_to_span(said, passages, [asked.refusal]), logprob
 
     return Version(name, digest, asked, ask, lambda text: len(tokenize(engine.reader, text)),
                    lambda messages: len(encode(messages)))

@@ -51,6 +51,7 @@ class AnsweringParams:
     questions: Annotated[int, Field(ge=0)] = 0  # at most so many test questions; 0 asks all
     context_tokens: Annotated[int, Field(ge=32)] = 640  # room for passages in a prompt
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 32  # longest answer, tokens
+    constrain: Literal["none", "spans"] = "none"  # what may be answered: anything, a span of a found passage
     batch_size: Annotated[int, Field(ge=1)] = 8  # questions at once
     target_precision: Annotated[float, Field(gt=0, le=1)] = 0.7  # share of given answers that should be right
     right_f1: Annotated[float, Field(gt=0, le=1)] = 0.5  # word F1 from which on an answer counts as right
@@ -110,7 +111,8 @@ def without_retrieval(
                "gold passage": [row["prompt"] for row in exam.rows]}
     scores = {}
     for name, messages in prompts.items():
-        answers = [text for text, _ in ask_model(messages)]
+        shown = [[row["passage"]] if name == "gold passage" else [] for row in exam.rows]
+        answers = [text for text, _ in ask_model(messages, shown)]
         predictions = score_answers(exam.rows, answers, exam.asked.refusal)
         scores[name] = named_interval("f1", [p["f1"] for p in predictions], cfg.seed, cfg.resamples)
     return scores
@@ -123,7 +125,7 @@ def fit_threshold(
 ) -> Threshold:
     "The lowest support at which so many of the validation answers are right as `target_precision` asks for."
     cfg = exam.cfg
-    answers = ask_model([row["prompt"] for row, _ in retrieved])
+    answers = ask_model([row["prompt"] for row, _ in retrieved], [packed.texts for _, packed in retrieved])
     predictions = score_with_evidence(exam.valid, retrieved, exam.gold, answers, 0.0, cfg.right_f1, exam.asked.refusal)
     right = [p["f1"] >= cfg.right_f1 for p in predictions]
     return choose_threshold([p["support"] for p in predictions], right, cfg.target_precision)
@@ -159,7 +161,7 @@ def with_retrieval(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # `retrieved, as said` and `retrieved`; the scored answers
     "What a model answers from found passages: every answer as it was given, and with the threshold."
     cfg, refusal = exam.cfg, exam.asked.refusal
-    answers = ask_model([row["prompt"] for row, _ in retrieved])
+    answers = ask_model([row["prompt"] for row, _ in retrieved], [packed.texts for _, packed in retrieved])
     plain = score_answers(exam.rows, [text for text, _ in answers], refusal)
     predictions = score_with_evidence(exam.rows, retrieved, exam.gold, answers, threshold.value, cfg.right_f1, refusal)
     for prediction, unrefused in zip(predictions, plain, strict=True):
@@ -198,8 +200,10 @@ def evaluate_model(
     count, retrieval = token_counter(tokenizer), str(exam.retrieval)
     digest = cache_key(input_digest(path), ref).hex()
 
-    def ask_model(prompts: list[Messages]) -> ScoredAnswers:
-        return generate_cached(lambda: (model, tokenizer), digest, prompts, cfg.max_new_tokens, cfg.batch_size)
+    def ask_model(prompts: list[Messages], passages: list[list[str]]) -> ScoredAnswers:
+        held = passages if cfg.constrain == "spans" else None
+        return generate_cached(lambda: (model, tokenizer), digest, prompts, cfg.max_new_tokens, cfg.batch_size, held,
+                               exam.asked.refusal)
 
     retrieved = retrieved_rows(str(exam.data), "test", retrieval, cfg.context_tokens, count)[:len(exam.rows)]
     valid = retrieved_rows(str(exam.data), "valid", retrieval, cfg.context_tokens, count)

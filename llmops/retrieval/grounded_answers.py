@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..foundation.answers import is_refusal
+from ..foundation.answers import REFUSAL, is_refusal
 from ..foundation.cache import cached_answers
 from ..foundation.chat import encode_text
+from ..foundation.constraints import span_trie
 from ..foundation.generation import generate_scored
 from ..foundation.tasks import DEFAULT_ASKED, Asked
 from .grounding import Citation, Packed, Passage, cite_passages, pack_passages, support_score
@@ -117,7 +118,7 @@ def answer_question(
 # %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #e0e8cd05
 Messages = list[dict[str, str]]  # a prompt: chat messages with `role` and `content`
 ScoredAnswers = list[tuple[str, float]]  # answers, and the mean log-probability of their tokens
-AskModel = Callable[[list[Messages]], ScoredAnswers]
+AskModel = Callable[[list[Messages], list[list[str]]], ScoredAnswers]  # prompts, and the passages that each one shows
 
 # %% ../../nbs/03_retrieval/21_grounded_answers.ipynb #d6f3ea65
 def generate_cached(
@@ -126,11 +127,21 @@ def generate_cached(
     prompts: list[Messages],  # what is asked
     max_new_tokens: int,  # longest answer, tokens
     batch_size: int,  # questions at once
+    passages: list[list[str]] | None = None,  # each answer is held to a span of its own ones; None: to nothing
+    refusal: str = REFUSAL,  # what may be said beside a span
 ) -> ScoredAnswers:
-    "Answer prompts; those that this model has answered before are read."
+    "Answer prompts; those that this model has answered before are read. A prompt without passages is answered freely."
     def generate(part: Any) -> ScoredAnswers:
         model, tokenizer = open_model()
-        return generate_scored(model, tokenizer, part, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        told, tries = part, None
+        if passages is not None:
+            told = [prompt for prompt, _ in part]
+            tries = [span_trie(tokenizer, texts, max_new_tokens - 1, [refusal]) if texts else None for _, texts in part]
+        return generate_scored(model, tokenizer, told, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                               tries=tries)
 
-    answers = cached_answers("answers", digest, prompts, generate, max_new_tokens, batch_size)
+    requests, held = list[Any](prompts), list[str]()
+    if passages is not None:
+        requests, held = [list(pair) for pair in zip(prompts, passages, strict=True)], ["spans", refusal]
+    answers = cached_answers("answers", digest, requests, generate, max_new_tokens, batch_size, *held)
     return [(text, logprob) for text, logprob in answers]

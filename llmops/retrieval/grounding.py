@@ -58,6 +58,11 @@ class Packed:
     left_out: tuple[str, ...]  # documents whose passage did not fit
     tokens: int  # of `text`
 
+    @property
+    def texts(self) -> list[str]:
+        "The passages one by one, best first."
+        return [passage.text for passage in self.used]
+
 # %% ../../nbs/03_retrieval/19_grounding.ipynb #c0e8739b
 def pack_passages(
     passages: Sequence[Passage],  # best first

@@ -92,9 +92,10 @@ def injection_rates(
     "How often text in a document gets its way."
     plan = plan_attacks(retrieved, attacks)
     packs = [pack_passages(inject_attack(a.packed, a.text, a.order), budget + 200, count) for a in plan]
-    clean = ask_model([asked.prompt(packed.text, row["question"]) for row, packed in retrieved])
+    clean = ask_model([asked.prompt(packed.text, row["question"]) for row, packed in retrieved],
+                      [packed.texts for _, packed in retrieved])
     prompts = [asked.prompt(p.text, a.row["question"]) for p, a in zip(packs, plan, strict=True)]
-    under_attack = ask_model(prompts)
+    under_attack = ask_model(prompts, [packed.texts for packed in packs])
     clean_by_id = {row["id"]: text for (row, _), (text, _) in zip(retrieved, clean, strict=True)}
     effects = attack_effects(plan, under_attack, clean_by_id)
     return {"attacks": len(attacks), "questions": len(retrieved), **effects}
