@@ -291,7 +291,7 @@ def test_the_page_and_its_thumbs_are_there(client):
 def test_a_question_that_nobody_waits_for_is_not_asked(tiny, collection):
     asked = []
 
-    def slow(messages, most):
+    def slow(messages, most, passages):
         asked.append(messages)
         import time
 
