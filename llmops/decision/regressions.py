@@ -13,7 +13,8 @@ from typing import Any
 from ..foundation.evaluations import Evaluated, read_evaluation
 from ..evaluation.metrics import answer_rows
 from ..foundation.stats import EvaluationError
-from ..evaluation.scores import evaluated_rows, evaluated_task
+from ..evaluation.scores import evaluated_rows, evaluated_strategy, evaluated_task
+from ..foundation.strategies import Strategy, strategy_rows
 from ..foundation.tasks import Asked
 from ..foundation.models import load_model
 from ..foundation.project import ParamError, relative_path, resolve_path
@@ -84,10 +85,12 @@ def ask_cases(
     asked: Asked,  # the task: the words of the prompts, and how answers are scored
     max_new_tokens: int,  # longest answer, tokens
     right_f1: float,  # word F1, or the task's first score, from which on an answer counts as right
+    strategy: Strategy = Strategy(),  # noqa: B008  how it is asked; it is immutable
 ) -> list[dict[str, Any]]:  # the cases with `prediction`, the task's first score, such as `f1`, and `passed`
     "Ask a loaded model the cases."
     rows = [case | {"prompt": asked.prompt(case["passage"], case["question"])} for case in cases]
-    answers, _ = answer_rows(model, tokenizer, rows, max_new_tokens, batch_size=8, asked=asked)
+    told = strategy_rows(strategy, asked, rows)
+    answers, _ = answer_rows(model, tokenizer, told, max_new_tokens, batch_size=8, asked=asked, strategy=strategy)
     results, score = [], asked.task.headline
     for case, answer in zip(cases, answers, strict=True):
         passed = answer[score] >= right_f1
@@ -105,4 +108,5 @@ def run_regressions(
         return []
     model, tokenizer = load_model(version.model)
     max_new_tokens = version.scores["protocol"]["max_new_tokens"]
-    return ask_cases(model, tokenizer, cases, evaluated_task(version), max_new_tokens, right_f1)
+    return ask_cases(model, tokenizer, cases, evaluated_task(version), max_new_tokens, right_f1,
+                     evaluated_strategy(version))

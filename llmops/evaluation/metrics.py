@@ -29,8 +29,9 @@ from ..foundation.prompts import DEFAULT_TASK, score_title
 from ..foundation.reading import write_jsonl
 from ..foundation.report import show_table, write_json
 from ..foundation.stats import EvaluationError
-from ..foundation.strategies import (
-    BEST, Constrain, Said, Strategy, ask_strategy, describe_strategy, read_strategy, strategy_rows)
+from llmops.foundation.strategies import (
+    BEST, Constrain, Said, Strategy, ask_strategy, describe_strategy, read_strategy, strategy_rows,
+    write_strategies)
 from ..foundation.tasks import Asked, read_asked, score_predictions, summarize_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
@@ -278,7 +279,9 @@ def run_metrics(
         scores |= {"version": cfg.version, "kind": model_kind(inputs.model), "size_mb": size,
                    "refusal": inputs.asked.refusal,
                    "protocol": describe_protocol(cfg, inputs.rows, inputs.texts, inputs.asked)}
-        scores |= {"strategy": special} if (special := describe_strategy(inputs.strategy)) else {}
+        if special := describe_strategy(inputs.strategy):
+            scores["strategy"] = special
+            write_strategies(work, {cfg.strategy_name: inputs.strategy}, cfg.strategy_name)
         write_evaluation(work, predictions, scores, arrays)
     log.summary({k: v for k, v in (scores | metrics).items() if isinstance(v, int | float)})
     log.table("predictions", predictions[:50])

@@ -20,7 +20,7 @@ from pydantic import Field
 from .harness import HarnessParams
 from .probes import CachedModel
 from .ragas import RAGAS_METRICS, RagasParams
-from .scores import ScoreRow, evaluated_rows, evaluation_path
+from .scores import ScoreRow, evaluated_rows, evaluated_strategy, evaluation_path
 from llmops.evaluation.suites import (
     Suite,
     answers_suite,
@@ -36,10 +36,11 @@ from llmops.evaluation.suites import (
 from ..foundation.artifacts import seal, working_folder
 from ..foundation.encoders import Encode, sentence_encoder
 from ..foundation.evaluations import Evaluated, read_evaluation
-from ..foundation.project import from_cell, seed_everything, stage_params
+from ..foundation.project import ParamError, from_cell, seed_everything, stage_params
 from ..foundation.reading import write_jsonl
 from ..foundation.report import count_noun, show_table, write_json
 from ..foundation.stats import EvaluationError
+from ..foundation.strategies import Strategy
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..judging.judges import Agreement, Endpoint
 from ..judging.labels import Kind
@@ -119,6 +120,9 @@ def resolve_inputs(
 ) -> ScorecardInputs:  # read, or ready to be loaded
     "Find the version's evaluation, its questions and its model."
     evaluation = read_evaluation(evaluation_path(cfg.evaluation))
+    if evaluated_strategy(evaluation) != Strategy():
+        raise ParamError(f"evaluation: {cfg.evaluation} was asked with a strategy, and the suites here ask the model as "
+                         "it is; give the evaluation of the model itself")
     version = CachedModel(str(evaluation.model), cfg.batch_size)
     return ScorecardInputs(evaluation, version, evaluated_rows(evaluation), sentence_encoder(cfg.similarity))
 
