@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,10 +32,10 @@ from ..foundation.tasks import Asked, read_asked, score_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
 # %% auto #0
-__all__ = ['KIND', 'THINK', 'FIRST', 'PromptingParams', 'task_constraint', 'thinking', 'few_shot', 'list_strategies', 'Tried',
-           'try_strategy', 'halves', 'refused_scores', 'cross_fitted_scores', 'add_refusing', 'compare_tried',
-           'choose_strategy', 'describe_choice', 'PromptingResult', 'read_rows_of', 'try_all', 'run_prompting',
-           'strategy_table', 'plot_strategies']
+__all__ = ['KIND', 'THINK', 'FIRST', 'REFUSE_ALWAYS', 'PromptingParams', 'task_constraint', 'thinking', 'few_shot',
+           'list_strategies', 'Tried', 'try_strategy', 'halves', 'refused_scores', 'cross_fitted_scores',
+           'add_refusing', 'beats_refusing', 'refuse_always_row', 'compare_tried', 'choose_strategy', 'describe_choice',
+           'PromptingResult', 'read_rows_of', 'try_all', 'run_prompting', 'strategy_table', 'plot_strategies']
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #2b610dfd
 KIND = "prompting"  # the artifact's kind
@@ -50,6 +51,7 @@ class PromptingParams:
     instructions: list[str] = field(default_factory=list)  # other system messages than the dataset's
     shots: list[int] = field(default_factory=lambda: [2])  # numbers of examples to try; each 1 or more
     picks: list[Literal["random", "diverse", "similar"]] = field(default_factory=lambda: ["random", "similar"])  # how
+    draws: Annotated[int, Field(ge=1, le=32)] = 1  # random draws of examples to try
     constrained: bool = True  # try answers held to spans of the passage, or to labels, where the task has such answers
     think_tokens: Annotated[int, Field(ge=0, le=4096)] = 0  # room for a chain of thought, tokens; 0 tries none
     samples: Annotated[int, Field(ge=0, le=64)] = 0  # answers per question for self-consistency; 0 tries none
@@ -110,9 +112,10 @@ def list_strategies(
     strategies = {FIRST: plain}
     for number, instruction in enumerate(cfg.instructions, 1):
         strategies[f"instruction-{number}"] = replace(plain, instruction=instruction)
-    for shots in cfg.shots:
-        for pick in cfg.picks:
-            strategies[f"few-shot-{shots}-{pick}"] = few_shot(plain, shots, pick, examples)
+    for shots, pick in product(cfg.shots, cfg.picks):
+        for draw in range(cfg.draws if pick == "random" else 1):
+            name = f"few-shot-{shots}-{pick}" + (f"-{draw + 1}" if draw else "")
+            strategies[name] = few_shot(replace(plain, seed=cfg.seed + draw), shots, pick, examples)
     if cfg.think_tokens:
         strategies["chain-of-thought"] = replace(plain, instruction=thinking(asked), marker="Answer:")
     if cfg.samples > 1:
@@ -197,6 +200,34 @@ def add_refusing(
                  cross_fitted_scores(tried.predictions), tried.over_context, tried.seconds)
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #65c8a4ed
+REFUSE_ALWAYS = "refuse-always"
+
+
+def beats_refusing(
+    tried: Tried,  # a strategy that refuses
+    seed: int = 42,  # of the bootstrap
+    resamples: int = 9999,  # bootstrap samples
+) -> bool:
+    "Whether a strategy that refuses is surely better than refusing everything."
+    always = [float(not p["answerable"]) for p in tried.predictions]
+    _, low, _ = bootstrap_interval(paired_differences(tried.scores, always, tried.name), seed, resamples)
+    return low is not None and low > 0
+
+
+def refuse_always_row(
+    tried: Sequence[Tried],  # the first one first
+    task: Task,  # what its scores are called
+    seed: int = 42,  # of the bootstrap
+    resamples: int = 9999,  # bootstrap samples
+) -> Row:  # as in `compare_tried`; it is no candidate
+    "What refusing everything scores, which costs nothing."
+    always = [float(not p["answerable"]) for p in tried[0].predictions]
+    delta, low, high = bootstrap_interval(paired_differences(always, tried[0].scores), seed, resamples)
+    return {"strategy": REFUSE_ALWAYS, **named_interval(task.headline, always, seed, resamples), "delta": delta,
+            "delta_low": low, "delta_high": high, "seconds": 0.0, "says_unknown": 1.0, "tokens_per_request": 0.0,
+            "over_context": 0, "beats_refusing": False, "settings": {}}
+
+
 def compare_tried(
     tried: Sequence[Tried],  # the first one first
     task: Task,  # what its scores are called
@@ -208,11 +239,12 @@ def compare_tried(
     for one in tried:
         differences = paired_differences(one.scores, tried[0].scores, one.name)
         delta, low, high = bootstrap_interval(differences, seed, resamples)
+        answers = not one.strategy.refuse_below or beats_refusing(one, seed, resamples)
         table.append({"strategy": one.name, **named_interval(task.headline, one.scores, seed, resamples),
                       "delta": delta, "delta_low": low, "delta_high": high, "seconds": one.seconds,
                       "says_unknown": sum(p["refused"] for p in one.predictions) / len(one.predictions),
                       "tokens_per_request": mean_tokens(one.predictions), "over_context": one.over_context,
-                      "settings": describe_strategy(one.strategy)})
+                      "beats_refusing": answers, "settings": describe_strategy(one.strategy)})
     return table
 
 
@@ -220,8 +252,9 @@ def choose_strategy(
     table: Sequence[Row],  # of `compare_tried`
     task: Task,  # whose score decides
 ) -> Row:  # the best; of equals the one that takes fewer tokens, and of those the earlier
-    "The strategy with the highest mean."
-    return max(table, key=lambda row: (row[task.headline], -row["tokens_per_request"]))
+    "The strategy with the highest mean, among those that answer."
+    able = [row for row in table if row["beats_refusing"]]
+    return max(able, key=lambda row: (row[task.headline], -row["tokens_per_request"]))
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #09a153cb
 def describe_choice(
@@ -231,15 +264,17 @@ def describe_choice(
     "What was chosen, and what is known about it."
     first = table[0]["strategy"]
     if chosen["strategy"] == first:
-        return (f"Chosen: {first}. None of the {len(table) - 1} other strategies scored more on these validation "
+        others = sum(row["strategy"] not in (first, REFUSE_ALWAYS) for row in table)
+        return (f"Chosen: {first}. None of the {others} other strategies that answer scored more on these validation "
                 "questions.")
     low, high = chosen["delta_low"], chosen["delta_high"]
     if low is None:
         return f"Chosen: {chosen['strategy']}. One question says nothing about how sure that is."
     interval = f"{chosen['delta']:+.3f} to {first} ({low:+.3f} to {high:+.3f})"
     sure = "The interval is clear of zero" if low > 0 else "The interval includes zero: undecided"
-    return (f"Chosen: {chosen['strategy']}, {interval} on the validation questions that it was chosen on, of "
-            f"{len(table)} that were tried. {sure}; the test questions say what it is worth.")
+    number = sum(row["strategy"] != REFUSE_ALWAYS for row in table)
+    return (f"Chosen: {chosen['strategy']}, {interval} on the validation questions that it was chosen on, of {number} "
+            f"that were tried. {sure}; the test questions say what it is worth.")
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #354c56cd
 @dataclass
@@ -300,6 +335,8 @@ def run_prompting(
     with working_folder(cfg.out, cfg) as work:
         tried = try_all(cfg, asked)
         table = compare_tried(tried, asked.task, cfg.seed, cfg.resamples)
+        if asked.refusal:
+            table.append(refuse_always_row(tried, asked.task, cfg.seed, cfg.resamples))
         chosen = choose_strategy(table, asked.task)
         write_strategies(work, {one.name: one.strategy for one in tried}, chosen["strategy"])
         predictions = [{"strategy": one.name} | p for one in tried for p in one.predictions]

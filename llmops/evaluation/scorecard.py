@@ -121,8 +121,8 @@ def resolve_inputs(
     "Find the version's evaluation, its questions and its model."
     evaluation = read_evaluation(evaluation_path(cfg.evaluation))
     if evaluated_strategy(evaluation) != Strategy():
-        raise ParamError(f"evaluation: {cfg.evaluation} was asked with a strategy, and the suites here ask the model as "
-                         "it is; give the evaluation of the model itself")
+        raise ParamError(f"evaluation: {cfg.evaluation} was asked with a strategy, and the suites here ask the model "
+                         "as it is; give the evaluation of the model itself")
     version = CachedModel(str(evaluation.model), cfg.batch_size)
     return ScorecardInputs(evaluation, version, evaluated_rows(evaluation), sentence_encoder(cfg.similarity))
 
