@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from .assistant import (
@@ -111,6 +112,8 @@ def read_options(
     parser.add_argument("--index", default=INDEX, help=f"or an index that the retrieval stage made (default: {INDEX})")
     parser.add_argument("--model", default="", help="served artifact, leaderboard or model (default: what is served)")
     parser.add_argument("--answering", default="runs/answering", help="where thresholds were fitted")
+    parser.add_argument("--constrain", choices=["spans", "none"], help="what may be answered: spans of the passages "
+                        "that were found, or anything (default: as the threshold was fitted; else anything)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: every core")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(args)
@@ -129,6 +132,7 @@ def ask_once(
             seconds = time.perf_counter() - start
             print(f"asking {version.name} ({ref}), loaded in {seconds:.1f} s", file=sys.stderr)
             trust = find_trust(options.answering, version.digest, collection)
+            trust = replace(trust, constrain=options.constrain or trust.constrain)
             return ask_assistant(Assistant(version, collection, trust), options.question)
 
 # %% ../../nbs/08_deployment/12_ask.ipynb #088831ac

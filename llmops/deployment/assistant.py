@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .sources import Collection, Evidence, show_evidence
 from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, read_manifest, resolve_source
@@ -34,7 +34,7 @@ class Trust:
     note: str  # one sentence for whoever reads an answer
     context_tokens: int = 640  # room for passages, as in the stage that fitted it
     max_new_tokens: int = 32  # longest answer, likewise
-    constrain: str = "none"  # what may be answered, likewise: none (anything) or spans (of a passage)
+    constrain: Literal["none", "spans"] = "none"  # what may be answered, likewise: anything, or a span of a passage
 
 
 def fitted_threshold(
