@@ -51,7 +51,7 @@ def test_an_untied_output_layer_is_counted() -> None:
     from transformers import AutoConfig
 
     tied, untied = (
-        AutoConfig.for_model("llama", **CONFIGS["Llama-3.1-8B"] | {"num_hidden_layers": 1, "tie_word_embeddings": tie})
+        AutoConfig.for_model(**CONFIGS["Llama-3.1-8B"] | {"num_hidden_layers": 1, "tie_word_embeddings": tie})
         for tie in (True, False)
     )
     assert weight_memory(model_shapes(untied)) - weight_memory(model_shapes(tied)) == 2 * 128256 * 4096
