@@ -25,6 +25,7 @@ PACKAGES = {
     "decision": {"evaluation"},
     "retrieval": {"rag"},
     "adaptation": {"training"},
+    "selection": {"training"},
     "compression": {"gptq"},
     "deployment": {"serving"},
     "studies": {"all"},
@@ -36,7 +37,9 @@ ROOMS = {
         [f"foundation.{room}" for room in ("architectures", "chat", "checkpoints", "console", "generation", "memory")],
         {"training"},
     ),
-    **dict.fromkeys([f"foundation.{room}" for room in ("nf4", "saving", "tiny", "weights")], {"training"}),
+    **dict.fromkeys(
+        [f"foundation.{room}" for room in ("footprint", "needs", "nf4", "saving", "tiny", "weights")], {"training"}
+    ),
     "foundation.models": {"gptq"},
     "foundation.encoders": {"rag"},
     "foundation.report": {"lab"},  # the core, and a plot shown in a notebook

@@ -11,7 +11,7 @@ __all__ = ['KIND', 'MAMBA_TYPES', 'CURVES', 'FinetuningParams', 'FinetuningInput
            'save_adapter', 'training_history', 'summarize_training', 'FinetuningResult', 'encode_examples',
            'run_finetuning']
 
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #c5bf6407
+# %% ../../nbs/02_adaptation/01_finetuning.ipynb #8838d942
 import json
 import math
 import random
@@ -35,6 +35,7 @@ from ..foundation.console import quiet_transformers
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.generation import context_length, encode_completion, encode_prompt
 from ..foundation.models import default_dtype, load_model
+from ..foundation.needs import Workload, announce_stage
 from ..foundation.project import (
     ParamError, from_cell, relative_path, resolve_path, seed_everything, stage_params)
 from ..foundation.prompts import DEFAULT_TASK
@@ -596,7 +597,7 @@ def encode_examples(
         print("there are no validation rows: no early stop, and the last weights are kept")
     return train, valid, left_out
 
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #86412337
+# %% ../../nbs/02_adaptation/01_finetuning.ipynb #deb53c4b
 def run_finetuning(
     cfg: FinetuningParams,  # the stage's parameters
     log: Run = UNTRACKED,  # where the run is tracked
@@ -605,6 +606,9 @@ def run_finetuning(
     from transformers import EarlyStoppingCallback
     quiet_transformers()
     inputs = resolve_inputs(cfg)
+    tokens = min(cfg.micro_tokens, cfg.micro_batch_size * cfg.max_length)
+    load = Workload(cfg.method, tokens, rank=cfg.rank, checkpointing=cfg.gradient_checkpointing)
+    announce_stage("fine-tuning", inputs.base, load, cfg.out)
     opened = open_model(cfg, inputs.base)
     train, valid, left_out = encode_examples(cfg, inputs, opened)
     work, checkpoint = open_work(cfg.out, fingerprint_run(cfg, inputs.roles), cfg)

@@ -13,7 +13,7 @@ __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'Quantization
            'check_kernels', 'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs',
            'run_quantization']
 
-# %% ../../nbs/07_compression/02_quantization.ipynb #73a5a477
+# %% ../../nbs/07_compression/02_quantization.ipynb #560ee9d9
 import json
 import math
 import os
@@ -42,6 +42,7 @@ from ..foundation.checkpoints import check_model_folder, model_kind, model_path,
 from ..foundation.generation import completion_logprobs, encode_completion, encode_prompt
 from ..foundation.memory import meta_model
 from ..foundation.models import load_model, load_tokenizer
+from ..foundation.needs import Workload, announce_stage
 from ..foundation.saving import save_tokenizer
 from ..foundation.project import (
     ParamError, from_cell, relative_path, resolve_path, seed_everything, stage_params)
@@ -669,7 +670,7 @@ def resolve_inputs(
     check_source_for(cfg, folder)
     return {"model": folder, "data": dataset_path(cfg.data)}
 
-# %% ../../nbs/07_compression/02_quantization.ipynb #258a2e9b
+# %% ../../nbs/07_compression/02_quantization.ipynb #a9c61f1a
 def run_quantization(
     cfg: QuantizationParams,  # the stage's parameters
     log: Run = UNTRACKED,  # where the run is tracked
@@ -681,6 +682,7 @@ def run_quantization(
     if not rows:
         raise ParamError(f"data: {cfg.data} has no validation rows, so the quantised model could not be checked")
     print(*describe_source(folder, cfg.method), sep="\n")
+    announce_stage("quantisation", folder, Workload("quantize", cfg.max_tokens), cfg.out)
     import torch  # noqa: F401  # so that the seed reaches it
     seed_everything(cfg.seed)
     history: list[dict[str, float]] = []

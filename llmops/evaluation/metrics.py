@@ -7,7 +7,7 @@ __all__ = ['KIND', 'MetricsParams', 'which_fit', 'generate_fitting', 'answer_row
            'describe_protocol', 'MetricsInputs', 'resolve_strategy', 'resolve_inputs', 'finite_perplexity',
            'MetricsResult', 'write_evaluation', 'mean_tokens', 'score_version', 'run_metrics']
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #29cec77a
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #7229a909
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..foundation.generation import context_length, encode_prompt, generation_sp
 from ..foundation.checkpoints import model_kind, model_path, size_mb
 from ..foundation.generation import perplexity
 from ..foundation.models import load_model
+from ..foundation.needs import Workload, about_tokens, announce_stage
 from ..foundation.tracking import peak_memory_mb
 from ..foundation.project import from_cell, seed_everything, stage_params
 from ..foundation.prompts import DEFAULT_TASK, score_title
@@ -264,13 +265,15 @@ def score_version(
     scores["perplexity"] = finite_perplexity(model, tokenizer, inputs.texts, cfg.perplexity_max_length)
     return predictions, scores, arrays, metrics
 
-# %% ../../nbs/04_evaluation/01_metrics.ipynb #4c92d88a
+# %% ../../nbs/04_evaluation/01_metrics.ipynb #7054d74a
 def run_metrics(
     cfg: MetricsParams,  # what to evaluate, and how
     log: Run = UNTRACKED,  # where figures and answers are shown while it runs
 ) -> MetricsResult:  # to be sealed
     "Evaluate one version."
     inputs = resolve_inputs(cfg)
+    tokens = about_tokens([row["prompt"] for row in inputs.rows], cfg.max_new_tokens)
+    announce_stage("evaluation", inputs.model, Workload("answer", tokens, cfg.batch_size), cfg.out)
     seed_everything(cfg.seed)
     with working_folder(cfg.out, cfg) as work:
         model, tokenizer = load_model(inputs.model)
