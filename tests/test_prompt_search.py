@@ -2,12 +2,14 @@
 
 The model is a rule: it answers when the instruction asks for one word, or when an example shows how."""
 
+import json
 import math
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -322,3 +324,15 @@ def test_without_dspy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModuleNotFoundError, match="llmops.prompting"):
         search_prompt(model, ROWS, progress=False)
     assert not model.asked
+
+
+def test_the_study_searches_and_judges_a_tiny_model(tmp_path: Path) -> None:
+    pytest.importorskip("dspy", reason='DSPy is not installed: pip install "llmops[prompting]"')
+    from llmops.studies.prompt_search import main
+
+    options = ["--rows", "4", "--judged", "3", "--budget", "6", "--out", str(tmp_path / "found.json")]
+    main(["--base", "tiny:llama", "--data", "tiny:data", *options])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["answer_calls"] + found["propose_calls"] <= 6 and len(found["proposed"]) == found["propose_calls"]
+    assert found["gains"]["search"]["rows"] == 3 and found["gains"]["search"]["verdict"] == "undecided"
+    assert found["candidates"][0]["instruction"] == found["control"][0]["instruction"] == INSTRUCTION

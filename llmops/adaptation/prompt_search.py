@@ -241,11 +241,11 @@ class Ledger:
         if new and len(known) == len(self.rows):
             self.candidates.append(Candidate(prompt, sum(known.values()) / len(known), self.calls.total()))
 
-# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #f5169cff
+# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #de2de0ff
 @dataclass(frozen=True)
 class SearchResult:
     "What a search found; nothing in it needs DSPy."
-    best: Candidate  # the highest training score; of equal ones the fewest examples, then the earliest: a tie keeps `start`
+    best: Candidate  # the highest score; of equal ones the fewest examples, then the earliest, so a tie keeps `start`
     start: Candidate  # the prompt that the search began with
     candidates: list[Candidate]  # every prompt that was scored on all rows, in that order
     unfinished: int  # prompts that were scored on some rows only: not worth more, too long, or the budget ended
