@@ -10,7 +10,7 @@ __all__ = ['AskModel', 'Metric', 'MINIBATCH', 'CANDIDATES', 'TRIALS', 'ROUNDS', 
            'make_program', 'dspy_rows', 'make_metric', 'run_gepa', 'run_mipro', 'run_optimizer', 'check_search',
            'make_result', 'search_prompt']
 
-# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #4542c928
+# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #24c7c8b7
 import json
 import math
 import random
@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from ..decision.comparison import bca_interval, paired_differences
@@ -89,7 +90,7 @@ def checked_answers(
                               "list with one str for each")
     return texts
 
-# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #7e985609
+# %% ../../nbs/02_adaptation/05_prompt_search.ipynb #2d5a5f56
 def f1_metric(
     row: Row,  # with `answer`, and `answers` where there are several
     answer: str,  # what the model said
@@ -105,7 +106,7 @@ def checked_score(
 ) -> float:  # 0 to 1
     "The score of an answer. Raises `EvaluationError` when it is no finite number from 0 to 1."
     score = metric(row, answer)
-    if isinstance(score, (int, float)) and 0 <= score <= 1:
+    if isinstance(score, Real) and 0 <= score <= 1:
         return float(score)
     raise EvaluationError(f"metric: {score!r} for the answer {answer!r} to {row.get('question', '')!r} is no finite "
                           "number from 0 to 1; a metric returns a float, 1 for a perfect answer")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWER_TOKENS', 'PROPOSAL_TOKENS', 'HAND_WRITTEN', 'RESULTS', 'CountedModel', 'try_control', 'describe_candidates',
-           'judge_candidates', 'run_study', 'main']
+           'judge_candidates', 'run_study', 'main', 'describe_study']
 
 # %% ../../nbs/11_studies/12_prompt_search.ipynb #48688cd2
 import argparse
@@ -151,6 +151,21 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"command": " ".join(["python -m llmops.studies.prompt_search", *asked]), "seed": options.seed,
                      **found})
+
+# %% ../../nbs/11_studies/12_prompt_search.ipynb #47b91f5f
+def describe_study(
+    found: dict[str, Any],  # as it is saved
+) -> str:  # a Markdown table
+    "The start, what the search chose and what the control chose, with the gain on rows that neither saw."
+    start, search = found["candidates"][0], found["candidates"][found["best"]]
+    control, gains = found["control"][found["control_best"]], found["gains"]
+    rows = [["start", start["instruction"], f"{start['score']:.3f}", f"{gains['search']['before']:.3f}", "", ""]]
+    for name, chosen in (("search", search), ("control", control)):
+        gain = gains[name]
+        rows.append([name, chosen["instruction"], f"{chosen['score']:.3f}", f"{gain['after']:.3f}",
+                     f"{gain['difference']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", gain["verdict"]])
+    return markdown_table(["prompt", "instruction", f"F1 on {found['scored_rows']} scored rows",
+                           f"F1 on {gains['search']['rows']} other rows", "gain", "verdict"], rows)
 
 # %% ../../nbs/11_studies/12_prompt_search.ipynb #de631a9d
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook
