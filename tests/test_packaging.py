@@ -16,7 +16,7 @@ from conftest import ROOT, copy_project
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("training", "gptq", "rag", "evaluation", "serving", "tracking", "lab", "dev", "all")
+EXTRAS = ("training", "gptq", "rag", "evaluation", "serving", "tracking", "prompting", "lab", "dev", "all")
 # What has to be installed for a package of the library, and for single rooms where that differs. "" is the core.
 PACKAGES = {
     "foundation": {""},
@@ -46,6 +46,7 @@ ROOMS = {
     "foundation.textscores": {"evaluation"},
     "foundation.tracking": {"tracking"},
     "foundation.versions": {"lab"},  # data that DVC keeps
+    "adaptation.prompt_search": {"prompting"},
     "judging.rating_page": {"evaluation", "lab"},
     "retrieval.search_methods": {"rag"},
     "tools.warm": {"lab", "training"},  # warms torch up, where there is one
@@ -140,6 +141,14 @@ def test_the_bounds_hold_what_was_tried() -> None:
     bounded = {r.name: any(s.operator in ("<", "==") for s in r.specifier) for r in requirements("all")}
     fast = ("torch", "transformers", "trl", "peft", "gptqmodel", "nbdev", "execnb", "ragas", "langchain-community")
     assert [name for name in fast if not bounded[name]] == []
+
+
+def test_the_malicious_releases_of_litellm_are_outside_the_bounds() -> None:
+    "1.82.7 and 1.82.8 stole credentials (OSV MAL-2026-2144); DSPy's own bounds would take them."
+    for extra in ("prompting", "all"):
+        (litellm,) = [r for r in requirements(extra) if r.name == "litellm"]
+        assert not [version for version in ("1.82.7", "1.82.8") if version in litellm.specifier]
+        assert {"!=1.82.7", "!=1.82.8"} <= {str(s) for s in litellm.specifier}
 
 
 def closure(names: Iterable[Requirement]) -> set[str]:
