@@ -34,7 +34,10 @@ PACKAGES = {
 ROOMS = {
     # a model is opened with what every extra with models brings; a GPTQ folder needs its own library
     **dict.fromkeys(
-        [f"foundation.{room}" for room in ("architectures", "chat", "checkpoints", "console", "generation", "memory")],
+        [
+            f"foundation.{room}"
+            for room in ("architectures", "chat", "checkpoints", "console", "constraints", "generation", "memory")
+        ],
         {"training"},
     ),
     **dict.fromkeys(
@@ -43,6 +46,7 @@ ROOMS = {
     "foundation.models": {"gptq"},
     "foundation.encoders": {"rag"},
     "foundation.report": {"lab"},  # the core, and a plot shown in a notebook
+    "foundation.strategies": {"evaluation"},
     "foundation.textscores": {"evaluation"},
     "foundation.tracking": {"tracking"},
     "foundation.versions": {"lab"},  # data that DVC keeps
@@ -126,8 +130,9 @@ def test_nothing_is_declared_twice_with_different_bounds() -> None:
             assert str(first) == str(requirement), f"{extra or 'core'}: {first} and {requirement}"
 
 
-def test_all_is_every_extra_but_dev() -> None:
-    every = {str(r) for extra in EXTRAS if extra not in ("dev", "all") for r in requirements(extra)}
+def test_all_is_every_extra_but_dev_and_prompting() -> None:
+    "DSPy brings litellm, two releases of which were malicious: whoever wants it asks for it by name."
+    every = {str(r) for extra in EXTRAS if extra not in ("dev", "prompting", "all") for r in requirements(extra)}
     assert {str(r) for r in requirements("all")} == every
 
 
@@ -145,10 +150,9 @@ def test_the_bounds_hold_what_was_tried() -> None:
 
 def test_the_malicious_releases_of_litellm_are_outside_the_bounds() -> None:
     "1.82.7 and 1.82.8 stole credentials (OSV MAL-2026-2144); DSPy's own bounds would take them."
-    for extra in ("prompting", "all"):
-        (litellm,) = [r for r in requirements(extra) if r.name == "litellm"]
-        assert not [version for version in ("1.82.7", "1.82.8") if version in litellm.specifier]
-        assert {"!=1.82.7", "!=1.82.8"} <= {str(s) for s in litellm.specifier}
+    (litellm,) = [r for r in requirements("prompting") if r.name == "litellm"]
+    assert not [version for version in ("1.82.7", "1.82.8") if version in litellm.specifier]
+    assert {"!=1.82.7", "!=1.82.8"} <= {str(s) for s in litellm.specifier}
 
 
 def closure(names: Iterable[Requirement]) -> set[str]:

@@ -272,7 +272,8 @@ def run_metrics(
 ) -> MetricsResult:  # to be sealed
     "Evaluate one version."
     inputs = resolve_inputs(cfg)
-    tokens = about_tokens([row["prompt"] for row in inputs.rows], cfg.max_new_tokens)
+    told = strategy_rows(inputs.strategy, inputs.asked, inputs.rows)
+    tokens = about_tokens([row["prompt"] for row in told], cfg.max_new_tokens)
     announce_stage("evaluation", inputs.model, Workload("answer", tokens, cfg.batch_size), cfg.out)
     seed_everything(cfg.seed)
     with working_folder(cfg.out, cfg) as work:
