@@ -298,8 +298,8 @@ def resolve_prompt(
     reference: str,  # `qa` (the file), `qa@production` (an alias) or `qa@4f0c1d` (the beginning of a digest)
     root: str | Path = PROMPTS,  # the folder of the prompt files
 ) -> Prompt:
-    """Find the prompt that a reference means. Raises `ParamError` with the aliases that there are when it means none, and
-    `DataError` when the text is not what its digest says. No other text is ever taken instead."""
+    """Find the prompt that a reference means. Raises `ParamError` with the aliases that there are when it means none,
+    and `DataError` when the text is not what its digest says. No other text is ever taken instead."""
     name, at, version = reference.partition("@")
     folder = resolve_path(root)
     if not at:
