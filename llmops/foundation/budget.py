@@ -55,7 +55,7 @@ class ContextBudget:
 class Dropped(NamedTuple):
     "A piece that is not in the prompt."
     part: str  # `evidence`, `examples`, `history` or `summary`
-    index: int  # its place in what was given; of history the number of the turn, question and answer together
+    place: int  # of it in what was given, from 0; of history the number of the turn, question and answer together
     tokens: int  # that it would have taken
     reason: str  # why, in words
 
@@ -313,14 +313,14 @@ def list_dropped(
     tokens: Mapping[str, Sequence[int]],  # of `piece_tokens`
 ) -> list[Dropped]:  # in the order of the parts
     "Give a reason for every piece that is not in the prompt."
-    known = {(piece.part, piece.index) for piece in chosen.dropped}
+    known = {(piece.part, piece.place) for piece in chosen.dropped}
     dropped = list(chosen.dropped)
     for part in PARTS:
         reason = "summarised" if part == "history" and chosen.summary else f"{part} had no room for it"
         for index, count in enumerate(tokens[part]):
             if index not in chosen.kept[part] and (part, index) not in known:
                 dropped.append(Dropped(part, index, count, reason))
-    return sorted(dropped, key=lambda piece: (piece.part, piece.index))
+    return sorted(dropped, key=lambda piece: (piece.part, piece.place))
 
 
 def check_question(
@@ -331,8 +331,8 @@ def check_question(
     "Raise `ParamError` when system and question alone do not fit."
     alone = len(encode_prompt(tokenizer, pieces.messages({part: [] for part in PARTS})))
     if alone > budget.prompt:
-        raise ParamError(f"context: system and question take {alone} tokens with the chat template, and {budget.prompt} "
-                         f"are there ({budget.context} less {budget.answer} for the answer); shorten them, or take a "
+        raise ParamError(f"context: system and question take {alone} tokens with the chat template, and "
+                         f"{budget.prompt} are there ({budget.context} less {budget.answer} for the answer); shorten them, or take a "
                          "model with a longer context")
     return budget.prompt - alone
 
@@ -348,8 +348,8 @@ def fit_prompt(
     template: str = DEFAULT_TEMPLATE,  # of passage and question: a name of `prompts.TEMPLATES`, or a text
     summarise: Summarise | None = None,  # makes a summary of old turns; None drops them
 ) -> Fitted:
-    """Make a prompt that fits, by the rule above. Raises `ParamError` when system and question alone do not fit, and for
-    a history that is out of turn, and `ChatTemplateError` for messages that the template does not take."""
+    """Make a prompt that fits, by the rule above. Raises `ParamError` when system and question alone do not fit, and
+    for a history that is out of turn, and `ChatTemplateError` for messages that the template does not take."""
     words = template_text(template)
     shown = [[{"role": "user", "content": words.format(passage=row["passage"], question=row["question"])},
               {"role": "assistant", "content": row["answer"]}] for row in examples]

@@ -97,7 +97,7 @@ def silent_cuts(
     given = {("evidence", number) for number in range(len(case.evidence))}
     given |= {("history", number) for number in range(len(case.history) // 2)}
     given |= {("examples", number) for number in range(len(case.examples))}
-    listed = [(piece.part, piece.index) for piece in fitted.dropped]
+    listed = [(piece.part, piece.place) for piece in fitted.dropped]
     present = present_pieces(case, fitted)
     kept = {(part, index) for part, indices in fitted.kept.items() for index in indices}
     wrong = len(given ^ (present | set(listed))) + len(present & set(listed)) + len(kept ^ present)
@@ -122,7 +122,8 @@ def check_budgets(
         over += len(encode_prompt(tokenizer, fitted.messages)) > case.budget.context - case.budget.answer
         for piece in fitted.dropped:
             dropped[piece.part] = dropped.get(piece.part, 0) + 1
-    return {"prompts": prompts, "silent_cuts": cuts, "over_context": over, "dropped_parts": dict(sorted(dropped.items()))}
+    return {"prompts": prompts, "silent_cuts": cuts, "over_context": over,
+            "dropped_parts": dict(sorted(dropped.items()))}
 
 # %% ../../nbs/11_studies/13_budget.ipynb #cbf52d5d
 RESULTS = "nbs/results/budget.json"
