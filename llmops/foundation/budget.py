@@ -332,8 +332,8 @@ def check_question(
     alone = len(encode_prompt(tokenizer, pieces.messages({part: [] for part in PARTS})))
     if alone > budget.prompt:
         raise ParamError(f"context: system and question take {alone} tokens with the chat template, and "
-                         f"{budget.prompt} are there ({budget.context} less {budget.answer} for the answer); shorten them, or take a "
-                         "model with a longer context")
+                         f"{budget.prompt} are there ({budget.context} less {budget.answer} for the answer); shorten "
+                         "them, or take a model with a longer context")
     return budget.prompt - alone
 
 # %% ../../nbs/00_foundation/44_budget.ipynb #396d7cbb
