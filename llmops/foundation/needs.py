@@ -8,7 +8,7 @@ __all__ = ['CGROUP_FILES', 'TIMES', 'Work', 'CERTAIN', 'cgroup_memory', 'MemoryR
            'smaller_settings', 'about_tokens', 'existing_folder', 'estimate_stage', 'size_in_words', 'describe_needs',
            'check_needs', 'announce_stage']
 
-# %% ../../nbs/00_foundation/39_needs.ipynb #cd76a498
+# %% ../../nbs/00_foundation/39_needs.ipynb #f22743ef
 import json
 import os
 import shutil
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .checkpoints import model_kind, model_path, open_base, read_config, recorded_base, size_mb
-from .footprint import DTYPE_BYTES, cache_memory, weight_memory, working_memory
+from .footprint import DTYPE_BYTES, LINEAR_BYTES, cache_memory, weight_memory, working_memory
 from .memory import ModelShapes, activation_bytes, model_shapes, optimizer_bytes
 from .models import default_dtype
 from .project import ParamError, project_root, read_params, resolve_path
@@ -81,7 +81,7 @@ def earlier_seconds(
     except (OSError, ValueError, KeyError, TypeError):  # never run, or not a file of times
         return None
 
-# %% ../../nbs/00_foundation/39_needs.ipynb #295458df
+# %% ../../nbs/00_foundation/39_needs.ipynb #a6df41e7
 Work = Literal["answer", "full", "lora", "qlora", "quantize"]  # what a stage does with a model
 
 
@@ -105,7 +105,10 @@ def weighed_path(
         four_bit = read_config(path / "training.json").get("method") == "qlora"
         base = open_base(path, recorded_base(path)[0])
         return base, "nf4" if four_bit else weighed_path(base)[1]
-    return path, {"nf4": "nf4", "int8": "int8", "gptq": "gptq-g64"}.get(kind, default_dtype())
+    if kind == "gptq":
+        group = read_config(path / "config.json")["quantization_config"].get("group_size")
+        return path, f"gptq-g{group}" if f"gptq-g{group}" in LINEAR_BYTES else "gptq-g64"
+    return path, kind if kind in LINEAR_BYTES else default_dtype()
 
 # %% ../../nbs/00_foundation/39_needs.ipynb #405e6de1
 def training_parts(
