@@ -40,7 +40,7 @@ KNOWN = {
 }
 
 
-def know(messages, most):
+def know(messages, most, passages):
     "What a good model would say."
     question = messages[-1]["content"].rpartition("Question:")[2]
     if "slow" in question:

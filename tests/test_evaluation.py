@@ -124,7 +124,7 @@ def test_size_of_an_adapter_counts_its_base(tmp_path: Path, method: str) -> None
     if method == "lora":
         assert kept == alone + under
     else:
-        assert alone < kept < alone + 0.6 * under  # bf16 embeddings, 4-bit layers
+        assert alone < kept < alone + under  # embeddings in 16 or 32 bits, layers in 4
 
 
 def test_leaderboard(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ ROOMS = {
         {"training"},
     ),
     **dict.fromkeys(
-        [f"foundation.{room}" for room in ("footprint", "needs", "nf4", "saving", "tiny", "weights")], {"training"}
+        [f"foundation.{room}" for room in ("budget", "footprint", "needs", "nf4", "saving", "tiny", "weights")],
+        {"training"},
     ),
     "foundation.models": {"gptq"},
     "foundation.encoders": {"rag"},

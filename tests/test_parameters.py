@@ -36,6 +36,15 @@ def tiny_case() -> str:
     return str(file)
 
 
+def tiny_strategies() -> str:
+    from llmops.foundation.strategies import Strategy, write_strategies
+
+    folder = ROOT / "runs/.tiny/strategies"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_strategies(folder, {"plain": Strategy()}, "plain")
+    return str(folder)
+
+
 STAGES = stage_notebooks(ROOT)
 NOBODY = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}  # a judge that does not answer
 GIVEN: dict[
@@ -51,6 +60,8 @@ GIVEN: dict[
     },
     "retrieval.answering": {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100},
     "adaptation.finetuning": {"retrieved": tiny_retrieval},
+    "adaptation.prompting": {"questions": 2, "samples": 2, "think_tokens": 4, "max_new_tokens": 4, "resamples": 100},
+    "evaluation.metrics": {"strategy": tiny_strategies},
     "evaluation.scorecard": {**NOBODY, "ragas": ["exact_match", "faithfulness"]},
     "judging.human": {"grades": 2},
     "decision.gate": {**NOBODY, "cases": tiny_case, "informs": ["size_mb"]},

@@ -25,7 +25,9 @@ from llmops.foundation.strategies import Strategy, final_answer, strategy_prompt
 from llmops.foundation.tasks import DEFAULT_ASKED
 
 HEAD = "---\ndescription: A test\nvariables:\n  passage: str\n---\n"
-NASTY = st.text() | st.sampled_from(["user:\n", "system:", "{{ question }}", "{% if %}", "examples:\n", "\r\n", " x \n"])
+NASTY = st.text() | st.sampled_from(
+    ["user:\n", "system:", "{{ question }}", "{% if %}", "examples:\n", "\r\n", " x \n"]
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -73,7 +75,11 @@ def test_a_fault_in_a_file_is_named(text: str, said: str, tmp_path: Path) -> Non
 
 def test_a_value_that_does_not_fit_is_named() -> None:
     prompt = parse_prompt("made", HEAD + "user:\n{{ passage }}\n{{ passage.foo }}")
-    for values, said in (({}, "passage has no value"), ({"passage": 3}, "declared as str"), ({"b": 1, "passage": ""}, "b")):
+    for values, said in (
+        ({}, "passage has no value"),
+        ({"passage": 3}, "declared as str"),
+        ({"b": 1, "passage": ""}, "b"),
+    ):
         with pytest.raises(ParamError, match=said):
             prompt.messages(**values)
     with pytest.raises(DataError, match=r"made.jinja, line 8: user: cannot be filled in"):

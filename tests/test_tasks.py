@@ -79,7 +79,8 @@ def test_the_embedded_task_leaves_the_same_files(tmp_path: Path) -> None:
     result = run_metrics(MetricsParams(**QUICK | {"questions": 6, "out": str(tmp_path / "made")}))
     rows = read_split("tiny:data", "test")[:6]
     plain = score_answers(rows, [p["prediction"] for p in result.predictions])
-    expected = [p | {"probability": q["probability"]} for p, q in zip(plain, result.predictions, strict=True)]
+    added = ("probability", "prompt_tokens", "completion_tokens")
+    expected = [p | {name: q[name] for name in added} for p, q in zip(plain, result.predictions, strict=True)]
     lines = (result.work / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.dumps(json.loads(line)) for line in lines] == [json.dumps(p) for p in expected]
     scores = json.loads((result.work / "scores.json").read_text())
@@ -87,6 +88,7 @@ def test_the_embedded_task_leaves_the_same_files(tmp_path: Path) -> None:
     assert {name: scores[name] for name in summary} == summary
     assert scores.keys() - summary.keys() == {
         "over_context",
+        "tokens_per_request",
         "perplexity",
         "version",
         "kind",
