@@ -5,19 +5,19 @@ import time
 import pytest
 from conftest import limit
 
-from llmops.foundation.artifacts import resolve_source
+from llmops.foundation.artifacts import EMBEDDED_MODEL, resolve_source
 from llmops.foundation.budget import ContextBudget, fit_prompt
 from llmops.foundation.chat import Messages, encode_prompt
 from llmops.foundation.models import load_tokenizer
 from llmops.foundation.project import ParamError
 from llmops.foundation.tiny import tiny_tokenizer
-from llmops.studies.budget import SMOLLM, check_budgets
+from llmops.studies.budget import check_budgets
 
 TURN = [{"role": "user", "content": "Who was it? " * 5}, {"role": "assistant", "content": "Ann. " * 5}]
 
 
 def test_ten_thousand_prompts_lose_nothing_in_silence() -> None:
-    tokenizer = load_tokenizer(resolve_source(SMOLLM))
+    tokenizer = load_tokenizer(resolve_source(EMBEDDED_MODEL))
     start = time.process_time()
     found = check_budgets(tokenizer, 10_000)
     assert time.process_time() - start < limit(60)

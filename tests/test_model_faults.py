@@ -326,8 +326,6 @@ def test_experts_are_named_and_counted(model_type: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize("method", ["nf4", "int8", "gptq", "rtn"])
 @pytest.mark.parametrize("arch", ["falcon", "mistral"])
 def test_a_quantised_checkpoint_reopens_with_the_weights_that_it_holds(arch: str, method: str, tmp_path: Path) -> None:
-    if arch == "falcon" and method in ("nf4", "int8") and models.default_dtype() == "float32":
-        pytest.skip("bitsandbytes leaves a bfloat16 bias beside float32 in Falcon where the processor has no bfloat16")
     cfg = quantization.QuantizationParams(
         model=f"tiny:{arch}",
         method=method,

@@ -17,7 +17,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ from ..foundation.decoding import DataError
 from ..foundation.extras import explain_missing
 from ..foundation.generation import PromptTooLong
 from ..foundation.project import ParamError
-from ..foundation.prompts import DEFAULT_TEMPLATE, INSTRUCTION, build_prompt, row_id, template_places
+from ..foundation.prompts import (
+    DEFAULT_TEMPLATE, INSTRUCTION, build_prompt, example_turns, row_id, template_places)
 from ..foundation.rowfiles import Row
 from ..foundation.stats import EvaluationError
 
@@ -54,10 +55,7 @@ class Prompt:
         row: Row,  # with `passage` and `question`, as far as the template shows them
     ) -> Messages:  # system, a user and an assistant message for each example, user
         "The conversation that asks a row's question."
-        turns = []
-        for example in self.examples:
-            shown = build_prompt(example.passage, example.question, self.instruction, self.template)
-            turns += [shown[1], {"role": "assistant", "content": example.answer}]
+        turns = example_turns([asdict(example) for example in self.examples], self.template)
         first, last = build_prompt(row.get("passage", ""), row.get("question", ""), self.instruction, self.template)
         return [first, *turns, last]
 

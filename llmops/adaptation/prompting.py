@@ -16,6 +16,7 @@ from pydantic import Field
 
 from ..decision.comparison import paired_differences
 from ..evaluation.metrics import answer_rows, mean_tokens
+from ..foundation.answers import REFUSE_ALWAYS
 from ..foundation.artifacts import seal, working_folder
 from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
@@ -26,18 +27,18 @@ from ..foundation.prompts import Task, template_places
 from ..foundation.reading import Row, write_jsonl
 from ..foundation.report import write_json
 from ..foundation.stats import EvaluationError, bootstrap_interval, named_interval
-from llmops.foundation.strategies import (
-    Constrain, Strategy, describe_strategy, diverse_examples, draw_examples, fit_refusal, strategy_rows,
-    write_strategies)
+from ..foundation.strategies import (
+    Constrain, Strategy, describe_strategy, diverse_examples, draw_examples, fit_refusal, is_unsure,
+    strategy_rows, write_strategies)
 from ..foundation.tasks import Asked, read_asked, score_predictions
 from ..foundation.tracking import UNTRACKED, Run, track
 
 # %% auto #0
-__all__ = ['KIND', 'THINK', 'FIRST', 'REFUSE_ALWAYS', 'PromptingParams', 'task_constraint', 'thinking', 'few_shot',
-           'prompt_strategies', 'list_strategies', 'Tried', 'try_strategy', 'halves', 'refused_scores',
-           'cross_fitted_scores', 'add_refusing', 'beats_refusing', 'refuse_always_row', 'compare_tried',
-           'choose_strategy', 'describe_choice', 'PromptingResult', 'read_rows_of', 'try_all', 'run_prompting',
-           'strategy_table', 'plot_strategies']
+__all__ = ['KIND', 'THINK', 'FIRST', 'PromptingParams', 'task_constraint', 'thinking', 'few_shot', 'prompt_strategies',
+           'list_strategies', 'Tried', 'try_strategy', 'halves', 'refusal_scores', 'refused_scores',
+           'cross_fitted_scores', 'add_refusing', 'beats_refusing', 'compare_scores', 'refuse_always_row',
+           'compare_tried', 'choose_strategy', 'describe_choice', 'PromptingResult', 'read_rows_of', 'try_all',
+           'run_prompting', 'strategy_table', 'plot_strategies']
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #e9aadbe5
 KIND = "prompting"  # the artifact's kind
@@ -187,13 +188,21 @@ def halves(
     return order[::2], order[1::2]
 
 
+def refusal_scores(
+    predictions: Sequence[Row],  # scored answers with `answerable`
+) -> list[float]:  # 1 where there is no answer, else 0
+    "What refusing everything scores."
+    return [float(not p["answerable"]) for p in predictions]
+
+
 def refused_scores(
     predictions: Sequence[Row],  # scored answers with `f1`, `answerable`, `probability`
     threshold: float,  # probability below which an answer is refused
 ) -> list[float]:  # F1 of each
     "What the answers score when unsure ones are refused."
-    return [float(not p["answerable"]) if p["probability"] is not None and p["probability"] < threshold else p["f1"]
-            for p in predictions]
+    always = refusal_scores(predictions)
+    return [refused if is_unsure(p["probability"], threshold) else p["f1"]
+            for p, refused in zip(predictions, always, strict=True)]
 
 
 def cross_fitted_scores(
@@ -211,13 +220,11 @@ def cross_fitted_scores(
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #b93db241
 def add_refusing(
     tried: Tried,  # a strategy without a threshold
-    refusal: str,  # what is said instead
-    asked: Asked,  # the task
+    asked: Asked,  # the task, which says what is said instead
 ) -> Tried:  # the same with a threshold; 0 where refusing never helps
     "The strategy that refuses when it is unsure. Costs no further question."
     threshold, _ = fit_refusal(tried.predictions)
-    answers = [refusal if p["probability"] is not None and p["probability"] < threshold else p["prediction"]
-               for p in tried.predictions]
+    answers = [asked.refusal if is_unsure(p["probability"], threshold) else p["prediction"] for p in tried.predictions]
     rows = [p | {"answer": p["gold"]} for p in tried.predictions]
     predictions = [scored | {name: p[name] for name in ("probability", "prompt_tokens", "completion_tokens")}
                    for scored, p in zip(score_predictions(asked, rows, answers), tried.predictions, strict=True)]
@@ -225,18 +232,27 @@ def add_refusing(
                  cross_fitted_scores(tried.predictions), tried.over_context, tried.seconds)
 
 # %% ../../nbs/02_adaptation/04_prompting.ipynb #65c8a4ed
-REFUSE_ALWAYS = "refuse-always"
-
-
 def beats_refusing(
     tried: Tried,  # a strategy that refuses
     seed: int = 42,  # of the bootstrap
     resamples: int = 9999,  # bootstrap samples
 ) -> bool:
     "Whether a strategy that refuses is surely better than refusing everything."
-    always = [float(not p["answerable"]) for p in tried.predictions]
-    _, low, _ = bootstrap_interval(paired_differences(tried.scores, always, tried.name), seed, resamples)
+    differences = paired_differences(tried.scores, refusal_scores(tried.predictions), tried.name)
+    _, low, _ = bootstrap_interval(differences, seed, resamples)
     return low is not None and low > 0
+
+
+def compare_scores(
+    scores: Sequence[float],  # of each question
+    first: Sequence[float],  # of the first strategy, on the same questions
+    task: Task,  # what scores are called
+    seed: int = 42,  # of the bootstrap
+    resamples: int = 9999,  # bootstrap samples
+) -> Row:  # the mean and `delta`, each with `_low` and `_high`
+    "A mean, and by how much it differs from the first."
+    return {**named_interval(task.headline, list(scores), seed, resamples),
+            **named_interval("delta", paired_differences(scores, first), seed, resamples)}
 
 
 def refuse_always_row(
@@ -246,11 +262,10 @@ def refuse_always_row(
     resamples: int = 9999,  # bootstrap samples
 ) -> Row:  # as in `compare_tried`; it is no candidate
     "What refusing everything scores, which costs nothing."
-    always = [float(not p["answerable"]) for p in tried[0].predictions]
-    delta, low, high = bootstrap_interval(paired_differences(always, tried[0].scores), seed, resamples)
-    return {"strategy": REFUSE_ALWAYS, **named_interval(task.headline, always, seed, resamples), "delta": delta,
-            "delta_low": low, "delta_high": high, "seconds": 0.0, "says_unknown": 1.0, "tokens_per_request": 0.0,
-            "over_context": 0, "beats_refusing": False, "settings": {}}
+    always = refusal_scores(tried[0].predictions)
+    return {"strategy": REFUSE_ALWAYS, **compare_scores(always, tried[0].scores, task, seed, resamples),
+            "seconds": 0.0, "says_unknown": 1.0, "tokens_per_request": 0.0, "over_context": 0,
+            "beats_refusing": False, "settings": {}}
 
 
 def compare_tried(
@@ -262,11 +277,9 @@ def compare_tried(
     "What each strategy scored, and by how much it differs from the first."
     table = []
     for one in tried:
-        differences = paired_differences(one.scores, tried[0].scores, one.name)
-        delta, low, high = bootstrap_interval(differences, seed, resamples)
         answers = not one.strategy.refuse_below or beats_refusing(one, seed, resamples)
-        table.append({"strategy": one.name, **named_interval(task.headline, one.scores, seed, resamples),
-                      "delta": delta, "delta_low": low, "delta_high": high, "seconds": one.seconds,
+        table.append({"strategy": one.name, **compare_scores(one.scores, tried[0].scores, task, seed, resamples),
+                      "seconds": one.seconds,
                       "says_unknown": sum(p["refused"] for p in one.predictions) / len(one.predictions),
                       "tokens_per_request": mean_tokens(one.predictions), "over_context": one.over_context,
                       "beats_refusing": answers, "settings": describe_strategy(one.strategy)})
@@ -345,7 +358,7 @@ def try_all(
         one = try_strategy(name, strategy, model, tokenizer, rows, asked, cfg)
         tried.append(one)
         if cfg.refusing and asked.refusal:
-            tried.append(add_refusing(one, asked.refusal, asked))
+            tried.append(add_refusing(one, asked))
     return tried
 
 

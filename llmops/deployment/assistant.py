@@ -18,7 +18,7 @@ from .sources import Collection, Evidence, show_evidence
 from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, read_manifest, resolve_source
 from ..foundation.chat import encode_prompt
 from ..foundation.checkpoints import model_path
-from ..foundation.constraints import span_trie
+from ..foundation.constraints import passage_trie
 from ..foundation.generation import generate_scored
 from ..foundation.project import ParamError, relative_path, resolve_path
 from ..foundation.tasks import Asked, read_asked
@@ -119,10 +119,9 @@ def loaded_version(
 ) -> Version:
     "A model of transformers."
     def ask(messages: Messages, max_new_tokens: int, passages: list[str]) -> tuple[str, float]:
-        trie = span_trie(tokenizer, passages, max_new_tokens - 1, [asked.refusal]) if passages else None
-        [said] = generate_scored(model, tokenizer, [messages], max_new_tokens=max_new_tokens, progress=False,
-                                 tries=[trie])
-        return said
+        tries = [passage_trie(tokenizer, passages, max_new_tokens, asked.refusal)]
+        return generate_scored(model, tokenizer, [messages], max_new_tokens=max_new_tokens, progress=False,
+                               tries=tries)[0]
 
     return Version(name, digest, asked, ask, token_counter(tokenizer), lambda m: len(encode_prompt(tokenizer, m)))
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from .chat import Messages, encode_prompt, encode_text
 from .project import ParamError
-from .prompts import DEFAULT_TEMPLATE, template_text
+from .prompts import DEFAULT_TEMPLATE, example_turns, template_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -342,7 +342,7 @@ def fit_prompt(
     budget: ContextBudget,  # how much there is, and who gets it
     question: str,  # what is asked; never dropped
     system: str = "",  # the system message; never dropped; "" for none
-    examples: Sequence[Mapping[str, str]] = (),  # passage, question and answer each, the most similar last
+    examples: Sequence[dict[str, str]] = (),  # passage, question and answer each, the most similar last
     evidence: Sequence[str] = (),  # passages, the best first
     history: Sequence[dict[str, str]] = (),  # user and assistant messages in turn, the oldest first
     template: str = DEFAULT_TEMPLATE,  # of passage and question: a name of `prompts.TEMPLATES`, or a text
@@ -351,8 +351,7 @@ def fit_prompt(
     """Make a prompt that fits, by the rule above. Raises `ParamError` when system and question alone do not fit, and
     for a history that is out of turn, and `ChatTemplateError` for messages that the template does not take."""
     words = template_text(template)
-    shown = [[{"role": "user", "content": words.format(passage=row["passage"], question=row["question"])},
-              {"role": "assistant", "content": row["answer"]}] for row in examples]
+    shown = [example_turns([row], words) for row in examples]
     pieces = Pieces(system, question, shown, list(evidence), split_history(list(history)), words)
     free, tokens = check_question(tokenizer, budget, pieces), piece_tokens(tokenizer, pieces)
     chosen = choose_pieces(tokenizer, budget, pieces, tokens, free, summarise)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['LOOSE', 'ATTACHED', 'JOIN_BOTH', 'JOIN_LEFT', 'JOIN_RIGHT', 'CHARACTER', 'SEPARATE', 'OPENING', 'CLOSING', 'LONGEST',
            'is_split_apart', 'loose_spaces', 'Repaired', 'repair_spacing', 'span_edges', 'TokenTrie', 'answer_lead',
-           'add_span', 'span_trie', 'add_choices', 'TrieWalk', 'gbnf_text', 'span_rules', 'span_grammar', 'cut_to_span']
+           'add_span', 'span_trie', 'passage_trie', 'add_choices', 'TrieWalk', 'gbnf_text', 'span_rules',
+           'span_grammar', 'cut_to_span']
 
 # %% ../../nbs/00_foundation/40_constraints.ipynb #5328a73c
 LOOSE, ATTACHED = re.compile(r"\s[.,](?=\s|$)"), re.compile(r"[^\s\d][.,](?=\s|$)")
@@ -206,6 +207,16 @@ def span_trie(
     return add_choices(trie, tokenizer, also, max_tokens)
 
 # %% ../../nbs/00_foundation/40_constraints.ipynb #91ec9318
+def passage_trie(
+    tokenizer: PreTrainedTokenizerBase,  # the model's tokenizer
+    passages: Sequence[str],  # what the answer has to stand in; none: it is free
+    max_new_tokens: int,  # longest answer, tokens, with the one that ends it
+    refusal: str,  # what may be said beside a span; "" for nothing
+) -> TokenTrie | None:  # None where the answer is free
+    "What may be answered from passages."
+    return span_trie(tokenizer, passages, max_new_tokens - 1, [refusal] if refusal else []) if passages else None
+
+
 def add_choices(
     trie: TokenTrie,  # grows
     tokenizer: PreTrainedTokenizerBase,  # the model's tokenizer

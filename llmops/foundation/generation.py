@@ -146,7 +146,7 @@ def generate_batch(
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if tries:
+    if tries and any(trie is not None for trie in tries):
         options["logits_processor"] = [TrieWalk(tries, stop)]
     with torch.inference_mode():
         output = model.generate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBE_TOKENS', 'Method', 'NF4_BYTES', 'meta_model', 'CacheLayer', 'read_cache_layer', 'cache_layers', 'ModelShapes',
-           'model_shapes', 'weight_bytes', 'optimizer_bytes', 'activation_bytes', 'estimate_memory']
+           'measure_shapes', 'model_shapes', 'weight_bytes', 'optimizer_bytes', 'activation_bytes', 'estimate_memory']
 
 # %% ../../nbs/00_foundation/32_memory.ipynb #6c12c11e
 from dataclasses import dataclass
@@ -104,11 +104,10 @@ class ModelShapes:
         return sum(inputs + outputs for inputs, outputs in self.linear) / self.layers + self.expert_width
 
 # %% ../../nbs/00_foundation/32_memory.ipynb #936a6b68
-def model_shapes(
-    ref: Any,  # a transformers config, or any model reference
+def measure_shapes(
+    model: "PreTrainedModel",  # of `meta_model`
 ) -> ModelShapes:  # its shapes
-    "Measure a model without loading it."
-    model = meta_model(ref)
+    "Measure a model without its weights."
     config, linear, experts = model.config.get_text_config(), [*linear_shapes(model).values()], expert_shapes(model)
     weights = model.num_parameters() - sum(inputs * outputs for inputs, outputs in linear)
     cache = cache_layers(model)
@@ -117,6 +116,13 @@ def model_shapes(
     per_token = sum(layer.per_token for layer in cache) / config.num_hidden_layers
     return ModelShapes(linear, weights, config.num_hidden_layers, config.hidden_size, per_token,
                        config.vocab_size, sum(prod(shape) for shape in experts.values()), width, cache)
+
+
+def model_shapes(
+    ref: Any,  # a transformers config, or any model reference
+) -> ModelShapes:  # its shapes
+    "Measure a model without loading it."
+    return measure_shapes(meta_model(ref))
 
 # %% ../../nbs/00_foundation/32_memory.ipynb #9703a8b8
 Method = Literal["qlora", "lora", "full", "gptq", "inference", "inference-nf4"]  # what is done with the model

@@ -101,7 +101,8 @@ def loading_arguments(
     "What transformers has to be told about a kind of model."
     import torch
     from transformers import GgufConfig
-    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    stored = kind in ("nf4", "int8")  # transformers casts some tensors of such a checkpoint and leaves others
+    arguments: dict[str, Any] = {"dtype": "auto" if stored else getattr(torch, dtype)}
     if torch.cuda.is_available():
         arguments["device_map"] = {"": 0}
     if kind == "gguf":

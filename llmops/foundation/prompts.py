@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHRASE_SCORES', 'TASKS', 'TaskName', 'DEFAULT_TASK', 'SCORE_TITLES', 'TEMPLATES', 'PLACES', 'INSTRUCTION',
            'DEFAULT_TEMPLATE', 'Task', 'score_title', 'template_text', 'template_places', 'build_prompt',
-           'fill_instruction', 'find_label', 'label_counts', 'label_rows', 'check_places', 'check_task', 'row_id',
-           'qa_row', 'prompt_rows']
+           'example_turns', 'fill_instruction', 'find_label', 'label_counts', 'label_rows', 'check_places',
+           'check_task', 'row_id', 'qa_row', 'prompt_rows']
 
 # %% ../../nbs/00_foundation/19_prompts.ipynb #639a6d69
 import string
@@ -108,7 +108,19 @@ def build_prompt(
     return [{"role": "system", "content": instruction},
             {"role": "user", "content": template_text(template).format(passage=passage, question=question)}]
 
-# %% ../../nbs/00_foundation/19_prompts.ipynb #432e6ac5
+# %% ../../nbs/00_foundation/19_prompts.ipynb #9764c2e8
+def example_turns(
+    examples: Sequence[Row],  # with `passage`, `question` and `answer`
+    template: str = DEFAULT_TEMPLATE,  # a name of `TEMPLATES`, or a text
+) -> list[dict[str, str]]:  # two chat messages each: the question, and its answer
+    "Examples as earlier turns of a conversation (few-shot)."
+    turns = []
+    for example in examples:
+        turns.append(build_prompt(example["passage"], example["question"], template=template)[1])
+        turns.append({"role": "assistant", "content": example["answer"]})
+    return turns
+
+# %% ../../nbs/00_foundation/19_prompts.ipynb #9f70b170
 def fill_instruction(
     instruction: str,  # the system message; {labels} stands for the labels
     labels: Sequence[str],  # what an answer may be

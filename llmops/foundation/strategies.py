@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .answers import normalize_answer
 from .chat import Messages, encode_completion
-from .constraints import TokenTrie, add_choices, span_trie
-from .encoders import Encode
+from .constraints import TokenTrie, add_choices, passage_trie
 from .generation import generate_scored
 from .project import ParamError
 from .prompt_files import EXAMPLES, parse_prompt, prompt_digest
+from .prompts import example_turns
 from .reading import DataError, Row
 from .report import write_json
 from .tasks import DEFAULT_ASKED, Asked
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Constrain', 'STRATEGIES', 'BEST', 'Strategy', 'text_vectors', 'draw_examples', 'diverse_examples', 'similar_examples',
            'pick_examples', 'file_prompt', 'strategy_prompt', 'answer_trie', 'final_answer', 'vote', 'Said',
-           'ask_strategy', 'refuse_unsure', 'fit_refusal', 'write_strategies', 'read_strategy', 'strategy_rows',
-           'describe_strategy']
+           'ask_strategy', 'is_unsure', 'refuse_unsure', 'fit_refusal', 'write_strategies', 'read_strategy',
+           'strategy_rows', 'describe_strategy']
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #61e40a00
 Constrain = Literal["none", "spans", "labels"]  # what an answer may be: anything, a span of the passage, a label
@@ -74,15 +74,11 @@ class Strategy:
 # %% ../../nbs/00_foundation/41_strategies.ipynb #ec322160
 def text_vectors(
     texts: Sequence[str],  # not empty
-    encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
-) -> np.ndarray:  # [texts, dimension], float64, of length 1 or 0
-    "Vectors whose product is how alike two texts are."
+) -> np.ndarray:  # [texts, words], float64, of length 1 or 0
+    "TF-IDF vectors, whose product is how alike two texts are."
     import numpy as np
-    if encode is None:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts).toarray()
-    else:
-        vectors = np.asarray(encode(list(texts)), dtype=np.float64)
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts).toarray()
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float64)
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #01d81b0c
@@ -104,12 +100,11 @@ def diverse_examples(
     rows: Sequence[Row],  # to choose from
     shots: int,  # how many
     seed: int = 42,  # of the first one
-    encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
 ) -> list[Row]:  # each as far as possible from those before it
     "Choose examples that cover the task: farthest-point sampling (Gonzalez, 1985, doi 10.1016/0304-3975(85)90224-5)."
     if not shots:
         return []
-    vectors = text_vectors([f"{row['question']} {row['passage']}" for row in rows], encode)
+    vectors = text_vectors([f"{row['question']} {row['passage']}" for row in rows])
     chosen = [random.Random(seed).randrange(len(rows))]
     while len(chosen) < shots:
         nearest = (vectors @ vectors[chosen].T).max(axis=1)
@@ -122,12 +117,11 @@ def similar_examples(
     rows: Sequence[Row],  # to choose from
     questions: Sequence[str],  # what is asked
     shots: int,  # how many for each
-    encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
 ) -> list[list[Row]]:  # one list per question, the most similar example last, next to the question
     "Choose for each question the examples whose questions are most like it."
     if not shots:
         return [[] for _ in questions]
-    vectors = text_vectors([*(row["question"] for row in rows), *questions], encode)
+    vectors = text_vectors([*(row["question"] for row in rows), *questions])
     alike = vectors[len(rows):] @ vectors[:len(rows)].T
     nearest = (-alike).argsort(axis=1, kind="stable")[:, :shots]
     return [[rows[i] for i in row[::-1]] for row in nearest]
@@ -136,7 +130,6 @@ def similar_examples(
 def pick_examples(
     strategy: Strategy,  # how many and which
     rows: Sequence[Row],  # questions
-    encode: Encode | None = None,  # a sentence encoder; None for TF-IDF
 ) -> list[list[Row]]:  # one list per question
     "Choose the examples for each question. Raises `DataError` when a question's own passage may be among them."
     pool = list(strategy.examples)
@@ -148,7 +141,7 @@ def pick_examples(
             raise DataError(f"examples: the passage of {row.get('id', row['question'])} is among the examples; take "
                             "them from the train split")
     if strategy.pick == "similar":
-        return similar_examples(pool, [row["question"] for row in rows], strategy.shots, encode)
+        return similar_examples(pool, [row["question"] for row in rows], strategy.shots)
     return [pool[:strategy.shots] for _ in rows]
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #1e273ed9
@@ -179,11 +172,7 @@ def strategy_prompt(
         return list(row["prompt"])
     words = replace(asked, instruction=strategy.instruction) if strategy.instruction else asked
     system, question = words.prompt(row["passage"], row["question"])
-    turns = [system]
-    for example in examples:
-        turns.append(words.prompt(example["passage"], example["question"])[1])
-        turns.append({"role": "assistant", "content": example["answer"]})
-    return [*turns, question]
+    return [system, *example_turns(examples, words.template), question]
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #c19a8d39
 def answer_trie(
@@ -203,8 +192,7 @@ def answer_trie(
     if asked.task.answers != "phrase" or not any(passages):
         raise ParamError(f"constrain: a question of {asked.task.name} without a passage has no spans; take none"
                          + (" or labels" if asked.task.answers == "label" else ""))
-    refusal = [asked.refusal] if asked.refusal else []
-    return span_trie(tokenizer, passages, max_new_tokens - 1, refusal)
+    return passage_trie(tokenizer, passages, max_new_tokens, asked.refusal)
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #46021430
 def final_answer(
@@ -266,6 +254,14 @@ def ask_strategy(
             for (text, logprob), tokens in zip(answers, written, strict=True)]
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #8c0b48bc
+def is_unsure(
+    probability: float | None,  # of an answer; None for a question that was not asked
+    refuse_below: float,  # probability under which an answer is not given
+) -> bool:
+    "Whether an answer is not sure enough to be given."
+    return probability is not None and probability < refuse_below
+
+
 def refuse_unsure(
     text: str,  # an answer
     logprob: float,  # mean log-probability of its tokens
@@ -275,7 +271,7 @@ def refuse_unsure(
     "Take an answer that is not sure enough for a refusal. Raises `ParamError` where the task has none."
     if refuse_below and not refusal:
         raise ParamError("refuse_below: the task has no answer that says that there is none; set it to 0")
-    return refusal if math.exp(logprob) < refuse_below else text
+    return refusal if is_unsure(math.exp(logprob), refuse_below) else text
 
 # %% ../../nbs/00_foundation/41_strategies.ipynb #37fa6d2d
 def fit_refusal(
@@ -327,10 +323,9 @@ def strategy_rows(
     strategy: Strategy,  # the words and the examples
     asked: Asked,  # the dataset's words
     rows: Sequence[Row],  # questions with `passage`, `question` and `prompt`
-    encode: Encode | None = None,  # a sentence encoder for examples that are like the question; None for TF-IDF
 ) -> list[Row]:  # the same with the prompts of the strategy
     "Let every question be asked as the strategy says. Raises `DataError` as `pick_examples` does."
-    picked = pick_examples(strategy, rows, encode)
+    picked = pick_examples(strategy, rows)
     return [row | {"prompt": strategy_prompt(strategy, asked, row, examples)}
             for row, examples in zip(rows, picked, strict=True)]
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..foundation.answers import REFUSAL, is_refusal
 from ..foundation.cache import cached_answers
 from ..foundation.chat import encode_text
-from ..foundation.constraints import span_trie
+from ..foundation.constraints import passage_trie
 from ..foundation.generation import generate_scored
 from ..foundation.tasks import DEFAULT_ASKED, Asked
 from .grounding import Citation, Packed, Passage, cite_passages, pack_passages, support_score
@@ -136,7 +136,7 @@ def generate_cached(
         told, tries = part, None
         if passages is not None:
             told = [prompt for prompt, _ in part]
-            tries = [span_trie(tokenizer, texts, max_new_tokens - 1, [refusal]) if texts else None for _, texts in part]
+            tries = [passage_trie(tokenizer, texts, max_new_tokens, refusal) for _, texts in part]
         return generate_scored(model, tokenizer, told, max_new_tokens=max_new_tokens, batch_size=batch_size,
                                tries=tries)
 

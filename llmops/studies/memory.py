@@ -30,12 +30,11 @@ from ..foundation.models import load_weights, quiet_gptqmodel
 from ..foundation.project import project_root, resolve_path
 from ..foundation.report import write_json
 from ..foundation.tracking import peak_memory_mb
+from ..selection.sizing import CONFIGS
 
 # %% ../../nbs/11_studies/12_memory.ipynb #c2a74e86
 SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-                   "max_position_embeddings": 40960, "tie_word_embeddings": True},
+    "Qwen3-0.6B": CONFIGS["Qwen3-0.6B"],
     "Llama-3.2-1B": {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
                      "max_position_embeddings": 131072, "tie_word_embeddings": True},

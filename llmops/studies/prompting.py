@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.prompting import refused_scores
-from ..decision.comparison import paired_differences
+from ..adaptation.prompting import compare_scores, refused_scores
 from ..foundation.answers import normalize_answer, token_f1
 from ..foundation.artifacts import ArtifactError
 from ..foundation.constraints import TrieWalk, repair_spacing, span_edges, span_trie
@@ -22,13 +21,13 @@ from ..foundation.generation import stop_tokens
 from ..foundation.chat import encode_prompt
 from ..foundation.models import load_model
 from ..foundation.project import resolve_path
+from ..foundation.prompts import DEFAULT_TASK, TASKS
 from ..foundation.reading import Row
 from ..foundation.report import write_json
-from ..foundation.stats import bootstrap_interval, named_interval
 from ..foundation.strategies import read_strategy
 
 # %% auto #0
-__all__ = ['MADE', 'RESULTS', 'WORDS', 'best_span_f1', 'is_valid', 'time_constrained', 'version_figures', 'read_made', 'f1_of',
+__all__ = ['MADE', 'RESULTS', 'WORDS', 'best_span_f1', 'is_valid', 'time_constrained', 'version_figures', 'read_made',
            'compare_made', 'measure_prompting', 'figure_rows', 'main']
 
 # %% ../../nbs/11_studies/14_prompting.ipynb #d8da643c
@@ -106,9 +105,7 @@ def version_figures(
     resamples: int = 9999,  # bootstrap samples
 ) -> dict[str, Any]:  # f1, f1_low, f1_high, delta, delta_low, delta_high, tokens_per_request
     "What one way of answering comes to, and by how much it differs from another."
-    delta = bootstrap_interval(paired_differences(scores, other), seed, resamples)
-    return named_interval("f1", list(scores), seed, resamples) | {
-        **dict(zip(("delta", "delta_low", "delta_high"), delta, strict=True)), "tokens_per_request": tokens}
+    return {**compare_scores(scores, other, TASKS[DEFAULT_TASK], seed, resamples), "tokens_per_request": tokens}
 
 # %% ../../nbs/11_studies/14_prompting.ipynb #dfd6379d
 MADE = {  # name in the file -> evaluation, and the name of what it is compared with
@@ -132,13 +129,6 @@ def read_made(
     return found
 
 # %% ../../nbs/11_studies/14_prompting.ipynb #b7bba65f
-def f1_of(
-    version: Evaluated,  # an evaluation
-) -> list[float]:  # one per question
-    "The F1 of each answer."
-    return [float(p["f1"]) for p in version.predictions]
-
-
 def compare_made(
     made: dict[str, Evaluated],  # of `read_made`
     threshold: float,  # probability below which the tuned model refuses
@@ -147,12 +137,13 @@ def compare_made(
     figures = {}
     for name, (_, other) in MADE.items():
         special = made[name].scores.get("strategy", {})
-        figures[name] = version_figures(f1_of(made[name]), f1_of(made[other]), made[name].scores["tokens_per_request"])
+        figures[name] = version_figures(made[name].headline, made[other].headline,
+                                        made[name].scores["tokens_per_request"])
         figures[name] |= {"version": made[name].version, "strategy": special,
                           "says_unknown": made[name].scores["says_unknown"]}
     tuned = made["tuned"]
     refusing = refused_scores(tuned.predictions, threshold)
-    figures["tuned_refusing"] = version_figures(refusing, f1_of(tuned), tuned.scores["tokens_per_request"])
+    figures["tuned_refusing"] = version_figures(refusing, tuned.headline, tuned.scores["tokens_per_request"])
     figures["tuned_refusing"] |= {"version": tuned.version, "strategy": {"refuse_below": threshold}}
     return figures
 
