@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import copy_project
 
-EXTRAS = ("", "training", "gptq", "rag", "evaluation", "serving", "tracking", "lab", "dev", "all")
+EXTRAS = ("", "training", "gptq", "rag", "evaluation", "serving", "selection", "tracking", "lab", "dev", "all")
 
 
 def build_wheel(folder: Path) -> Path:

@@ -13,6 +13,7 @@ FLOORS = {
     "decision": 2,
     "retrieval": 2,
     "adaptation": 3,
+    "selection": 3,
     "compression": 4,
     "deployment": 5,
 }
