@@ -64,7 +64,7 @@ def test_a_reply(at, address, stream):
     assert (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (20, 4, 12)
     assert reply.model.startswith("m-2026") and reply.request_id.startswith("req_")
     assert (reply.first_token_seconds is not None) == stream
-    assert 0 < (reply.first_token_seconds or reply.seconds) <= reply.seconds < 5
+    assert 0 < (reply.first_token_seconds or reply.seconds) <= reply.seconds
     [body] = address[1].asked["fine"]
     assert body["model"] == "m" and body["temperature"] == 0.0
     if "system" in body:
@@ -109,11 +109,11 @@ def test_a_key_is_sent_and_never_shown(at, address, monkeypatch):
 
 
 @both
-@pytest.mark.parametrize("case, low, high", [("busy", 0.2, 2), ("busy-seconds", 0.7, 2), ("busy-date", 0.8, 4)])
-def test_busy_once(at, case, low, high):
+@pytest.mark.parametrize("case, least", [("busy", 0.25), ("busy-seconds", 0.7), ("busy-date", 0.8)])
+def test_busy_once(at, case, least):
     start = time.monotonic()
     assert ask_endpoint(at(case), HELLO).attempts == 2
-    assert low <= time.monotonic() - start < high
+    assert time.monotonic() - start >= least
 
 
 @both

@@ -113,7 +113,7 @@ class Wire:
         return StreamingResponse(events(), media_type="text/event-stream", headers={"x-request-id": "req_openai"})
 
     async def anthropic(self, request: Request) -> Response:
-        assert request.headers["anthropic-version"] == "2023-06-01"
+        assert request.headers["anthropic-version"] and request.headers["content-type"] == "application/json"
         case, body, failed = await self.take(request, request.headers.get("x-api-key"))
         if failed:
             return failed
