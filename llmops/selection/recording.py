@@ -128,7 +128,8 @@ def read_new(
             record.lines, record.read = record.lines + 1, record.read + len(line) + 1
         if len(whole) < len(data):
             f.truncate(record.read)
-            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process that was "
+            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process "
+                          "that was "
                           f"killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
                           stacklevel=2)
 
@@ -182,7 +183,8 @@ def bound_price(
     priced = [request_price(endpoint, each, prices=prices) for each in (tokens, filling)]
     known = [price for price in priced if price is not None]
     if not known:
-        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; give the "
+        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; "
+                         "give the "
                          "cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
     return max(known)
 
@@ -191,7 +193,7 @@ class SpendingCapReached(EvaluationError):
     "A request was not made, because it might have cost more than may be spent."
 
 
-UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # errors of requests that were turned away
+UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # errors of requests turned away
 
 
 @dataclass
@@ -213,8 +215,9 @@ class SpendingCap:
         "Make room for an attempt. Raises `SpendingCapReached` when there is none."
         with self.lock:
             if self.spent + bound > self.limit:
-                raise SpendingCapReached(f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and "
-                                         f"the limit is {self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
+                raise SpendingCapReached(f"spending cap: {self.spent:.6f} spent, the next request may cost up to "
+                                         f"{bound:.6f}, and the limit is {self.limit:.6f}; it was not made. Raise the "
+                                         "limit, or lower max_tokens")
             self.spent += bound
         try:
             yield
@@ -255,8 +258,9 @@ def refuse_asking(
 ) -> NotRecorded:  # to be raised
     "Name the question that is not in a record."
     text = " ".join(messages[-1]["content"].split())
-    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} to "
-                       f"{text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, or with "
+    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} "
+                       f"to {text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, "
+                       "or with "
                        "the model, messages and sampling that were recorded")
 
 # %% ../../nbs/01_selection/02_recording.ipynb #ea388f1c
@@ -271,7 +275,8 @@ def ask_recorded(
     replay_only: bool = False,  # answer from the record or not at all: no key and no network are needed
     cap: SpendingCap | None = None,  # what may be spent on new requests; None: without limit
 ) -> Reply:  # recorded: the same each time
-    "The reply to a question, asked at most once. Raises `NotRecorded`, `SpendingCapReached` and what `ask_endpoint` raises."
+    """The reply to a question, asked at most once. Raises `NotRecorded`, `SpendingCapReached` and what `ask_endpoint`
+    raises."""
     check_messages(messages)
     sampling = sampling_settings(endpoint, max_tokens, temperature, seed)
     digest = prompt_digest(endpoint.provider, endpoint.model, messages, sampling)
