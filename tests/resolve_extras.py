@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import copy_project
 
-EXTRAS = ("", "training", "gptq", "rag", "evaluation", "serving", "tracking", "prompting", "lab", "dev", "all")
+EXTRAS = ("", "training", "gptq", "rag", "evaluation", "serving", "selection", "tracking", "prompting", "lab", "dev", "all")
 
 
 def build_wheel(folder: Path) -> Path:

