@@ -110,7 +110,7 @@ def record_lock(
     name = hashlib.sha256(os.path.realpath(record.file).encode()).hexdigest()[:32]
     return FileLock(Path(tempfile.gettempdir()) / f"llmops-record-{name}.lock", timeout=60, thread_local=False)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #2facd8a7
+# %% ../../nbs/01_selection/02_recording.ipynb #e35ba140
 def read_new(
     record: Record,  # its lock is held
 ) -> None:
@@ -128,8 +128,8 @@ def read_new(
             record.lines, record.read = record.lines + 1, record.read + len(line) + 1
         if len(whole) < len(data):
             f.truncate(record.read)
-            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process that was "
-                          f"killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
+            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process that "
+                          f"was killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
                           stacklevel=2)
 
 
@@ -157,7 +157,7 @@ def add_row(
             os.fsync(f.fileno())
         read_new(record)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f589b05d
+# %% ../../nbs/01_selection/02_recording.ipynb #02689107
 MESSAGE_TOKENS, REQUEST_TOKENS = 16, 256  # overhead that no template of a chat model was seen to reach
 
 
@@ -182,16 +182,16 @@ def bound_price(
     priced = [request_price(endpoint, each, prices=prices) for each in (tokens, filling)]
     known = [price for price in priced if price is not None]
     if not known:
-        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; give the "
-                         "cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
+        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; give "
+                         "the cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
     return max(known)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f675c4ef
+# %% ../../nbs/01_selection/02_recording.ipynb #c1b96b7d
 class SpendingCapReached(EvaluationError):
     "A request was not made, because it might have cost more than may be spent."
 
 
-UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # errors of requests that were turned away
+UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # requests that were turned away
 
 
 @dataclass
@@ -213,8 +213,9 @@ class SpendingCap:
         "Make room for an attempt. Raises `SpendingCapReached` when there is none."
         with self.lock:
             if self.spent + bound > self.limit:
-                raise SpendingCapReached(f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and "
-                                         f"the limit is {self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
+                raise SpendingCapReached(
+                    f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and the limit is "
+                    f"{self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
             self.spent += bound
         try:
             yield
@@ -231,7 +232,7 @@ class SpendingCap:
         with self.lock:
             self.spent += 0.0 if price is None else price - bound
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f77594b4
+# %% ../../nbs/01_selection/02_recording.ipynb #c41fa5f7
 class NotRecorded(ArtifactError):
     "A reply was wanted from a record that does not have it."
 
@@ -255,9 +256,9 @@ def refuse_asking(
 ) -> NotRecorded:  # to be raised
     "Name the question that is not in a record."
     text = " ".join(messages[-1]["content"].split())
-    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} to "
-                       f"{text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, or with "
-                       "the model, messages and sampling that were recorded")
+    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} "
+                       f"to {text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, or "
+                       "with the model, messages and sampling that were recorded")
 
 # %% ../../nbs/01_selection/02_recording.ipynb #ea388f1c
 def ask_recorded(
