@@ -28,7 +28,7 @@ from pydantic import Field
 from ..foundation.artifacts import json_digest
 from ..foundation.project import ParamError, looks_secret, stage_params
 
-# %% ../../nbs/01_selection/01_endpoints.ipynb #b06f17ac
+# %% ../../nbs/01_selection/01_endpoints.ipynb #e0e828a1
 PROVIDERS = {"openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
              "anthropic": ("https://api.anthropic.com", "ANTHROPIC_API_KEY")}
 
@@ -39,7 +39,7 @@ class Endpoint:
     provider: Literal["openai", "anthropic"]  # whose protocol the server speaks
     model: str = Field(min_length=1)  # its name, as the server knows it
     base_url: str = ""  # address of the server; "": the provider's own
-    api_key_env: str = ""  # environment variable that holds the key; "": the provider's usual one, none for a `base_url`
+    api_key_env: str = ""  # environment variable that holds the key; "": the provider's usual, none for a `base_url`
     timeout: float = Field(60.0, gt=0)  # seconds that the server may be silent
     max_retries: int = Field(4, ge=0)  # further attempts after one that failed in passing
     max_wait: float = Field(60.0, ge=0)  # longest wait between two attempts, in seconds

@@ -110,7 +110,7 @@ def record_lock(
     name = hashlib.sha256(os.path.realpath(record.file).encode()).hexdigest()[:32]
     return FileLock(Path(tempfile.gettempdir()) / f"llmops-record-{name}.lock", timeout=60, thread_local=False)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #e35ba140
+# %% ../../nbs/01_selection/02_recording.ipynb #787da779
 def read_new(
     record: Record,  # its lock is held
 ) -> None:
@@ -128,8 +128,8 @@ def read_new(
             record.lines, record.read = record.lines + 1, record.read + len(line) + 1
         if len(whole) < len(data):
             f.truncate(record.read)
-            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process that "
-                          f"was killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
+            warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process "
+                          f"that was killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
                           stacklevel=2)
 
 
@@ -157,7 +157,7 @@ def add_row(
             os.fsync(f.fileno())
         read_new(record)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #02689107
+# %% ../../nbs/01_selection/02_recording.ipynb #2fcaa1df
 MESSAGE_TOKENS, REQUEST_TOKENS = 16, 256  # overhead that no template of a chat model was seen to reach
 
 
@@ -182,11 +182,11 @@ def bound_price(
     priced = [request_price(endpoint, each, prices=prices) for each in (tokens, filling)]
     known = [price for price in priced if price is not None]
     if not known:
-        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; give "
+        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that spending cannot be capped; give "
                          "the cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
     return max(known)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #c1b96b7d
+# %% ../../nbs/01_selection/02_recording.ipynb #35b932ae
 class SpendingCapReached(EvaluationError):
     "A request was not made, because it might have cost more than may be spent."
 
@@ -214,8 +214,8 @@ class SpendingCap:
         with self.lock:
             if self.spent + bound > self.limit:
                 raise SpendingCapReached(
-                    f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and the limit is "
-                    f"{self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
+                    f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and the "
+                    f"limit is {self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
             self.spent += bound
         try:
             yield
@@ -232,7 +232,7 @@ class SpendingCap:
         with self.lock:
             self.spent += 0.0 if price is None else price - bound
 
-# %% ../../nbs/01_selection/02_recording.ipynb #c41fa5f7
+# %% ../../nbs/01_selection/02_recording.ipynb #59f8f42a
 class NotRecorded(ArtifactError):
     "A reply was wanted from a record that does not have it."
 
@@ -257,10 +257,10 @@ def refuse_asking(
     "Name the question that is not in a record."
     text = " ".join(messages[-1]["content"].split())
     return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} "
-                       f"to {text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, or "
+                       f"to {text[:80]!r} with these settings (digest {digest[:8]}); ask it with replay_only=False or "
                        "with the model, messages and sampling that were recorded")
 
-# %% ../../nbs/01_selection/02_recording.ipynb #ea388f1c
+# %% ../../nbs/01_selection/02_recording.ipynb #fa69ac6b
 def ask_recorded(
     endpoint: Endpoint,  # that is asked where the record does not know
     record: Record,  # open; is added to
@@ -272,7 +272,7 @@ def ask_recorded(
     replay_only: bool = False,  # answer from the record or not at all: no key and no network are needed
     cap: SpendingCap | None = None,  # what may be spent on new requests; None: without limit
 ) -> Reply:  # recorded: the same each time
-    "The reply to a question, asked at most once. Raises `NotRecorded`, `SpendingCapReached` and what `ask_endpoint` raises."
+    "A reply, asked for at most once. Raises `NotRecorded`, `SpendingCapReached`, and as `ask_endpoint` does."
     check_messages(messages)
     sampling = sampling_settings(endpoint, max_tokens, temperature, seed)
     digest = prompt_digest(endpoint.provider, endpoint.model, messages, sampling)
