@@ -110,7 +110,7 @@ def record_lock(
     name = hashlib.sha256(os.path.realpath(record.file).encode()).hexdigest()[:32]
     return FileLock(Path(tempfile.gettempdir()) / f"llmops-record-{name}.lock", timeout=60, thread_local=False)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #787da779
+# %% ../../nbs/01_selection/02_recording.ipynb #5261e022
 def read_new(
     record: Record,  # its lock is held
 ) -> None:
@@ -129,8 +129,8 @@ def read_new(
         if len(whole) < len(data):
             f.truncate(record.read)
             warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process "
-                          f"that was killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
-                          stacklevel=2)
+                          f"that was killed ({len(data) - len(whole)} bytes); dropped, and its question will be "
+                          "asked again", stacklevel=2)
 
 
 def open_record(
