@@ -55,7 +55,7 @@ class Wire:
         self.asked.setdefault(case, []).append(body)
         first = len(self.asked[case]) == 1
         if case == "keyed" and key != KEY:
-            return case, body, fault(401, f"invalid x-api-key: {key}", anthropic)
+            return case, body, fault(401, f"invalid key: {key}", anthropic)
         if case.startswith("status-"):
             return case, body, fault(int(case[7:]), "on purpose", anthropic)
         if case == "broke":
@@ -114,7 +114,9 @@ class Wire:
 
     async def anthropic(self, request: Request) -> Response:
         assert request.headers["anthropic-version"] and request.headers["content-type"] == "application/json"
-        case, body, failed = await self.take(request, request.headers.get("x-api-key"))
+        # the key's place is x-api-key by the published pages, and Authorization for the client of version 2.14
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        case, body, failed = await self.take(request, request.headers.get("x-api-key") or bearer)
         if failed:
             return failed
         text = "" if case in ("empty", "refuses", "filtered") else "Hello there."

@@ -110,7 +110,7 @@ def record_lock(
     name = hashlib.sha256(os.path.realpath(record.file).encode()).hexdigest()[:32]
     return FileLock(Path(tempfile.gettempdir()) / f"llmops-record-{name}.lock", timeout=60, thread_local=False)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #2facd8a7
+# %% ../../nbs/01_selection/02_recording.ipynb #5261e022
 def read_new(
     record: Record,  # its lock is held
 ) -> None:
@@ -129,9 +129,8 @@ def read_new(
         if len(whole) < len(data):
             f.truncate(record.read)
             warnings.warn(f"{relative_path(record.file)}: line {record.lines + 1} is half-written, as by a process "
-                          "that was "
-                          f"killed ({len(data) - len(whole)} bytes); dropped, and its question will be asked again",
-                          stacklevel=2)
+                          f"that was killed ({len(data) - len(whole)} bytes); dropped, and its question will be "
+                          "asked again", stacklevel=2)
 
 
 def open_record(
@@ -158,7 +157,7 @@ def add_row(
             os.fsync(f.fileno())
         read_new(record)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f589b05d
+# %% ../../nbs/01_selection/02_recording.ipynb #2fcaa1df
 MESSAGE_TOKENS, REQUEST_TOKENS = 16, 256  # overhead that no template of a chat model was seen to reach
 
 
@@ -183,17 +182,16 @@ def bound_price(
     priced = [request_price(endpoint, each, prices=prices) for each in (tokens, filling)]
     known = [price for price in priced if price is not None]
     if not known:
-        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that its spending cannot be capped; "
-                         "give the "
-                         "cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
+        raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that spending cannot be capped; give "
+                         "the cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
     return max(known)
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f675c4ef
+# %% ../../nbs/01_selection/02_recording.ipynb #35b932ae
 class SpendingCapReached(EvaluationError):
     "A request was not made, because it might have cost more than may be spent."
 
 
-UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # errors of requests turned away
+UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")  # requests that were turned away
 
 
 @dataclass
@@ -215,9 +213,9 @@ class SpendingCap:
         "Make room for an attempt. Raises `SpendingCapReached` when there is none."
         with self.lock:
             if self.spent + bound > self.limit:
-                raise SpendingCapReached(f"spending cap: {self.spent:.6f} spent, the next request may cost up to "
-                                         f"{bound:.6f}, and the limit is {self.limit:.6f}; it was not made. Raise the "
-                                         "limit, or lower max_tokens")
+                raise SpendingCapReached(
+                    f"spending cap: {self.spent:.6f} spent, the next request may cost up to {bound:.6f}, and the "
+                    f"limit is {self.limit:.6f}; it was not made. Raise the limit, or lower max_tokens")
             self.spent += bound
         try:
             yield
@@ -234,7 +232,7 @@ class SpendingCap:
         with self.lock:
             self.spent += 0.0 if price is None else price - bound
 
-# %% ../../nbs/01_selection/02_recording.ipynb #f77594b4
+# %% ../../nbs/01_selection/02_recording.ipynb #59f8f42a
 class NotRecorded(ArtifactError):
     "A reply was wanted from a record that does not have it."
 
@@ -259,11 +257,10 @@ def refuse_asking(
     "Name the question that is not in a record."
     text = " ".join(messages[-1]["content"].split())
     return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} "
-                       f"to {text[:80]!r} with these settings (digest {digest[:12]}); ask it with replay_only=False, "
-                       "or with "
-                       "the model, messages and sampling that were recorded")
+                       f"to {text[:80]!r} with these settings (digest {digest[:8]}); ask it with replay_only=False or "
+                       "with the model, messages and sampling that were recorded")
 
-# %% ../../nbs/01_selection/02_recording.ipynb #ea388f1c
+# %% ../../nbs/01_selection/02_recording.ipynb #fa69ac6b
 def ask_recorded(
     endpoint: Endpoint,  # that is asked where the record does not know
     record: Record,  # open; is added to
@@ -275,8 +272,7 @@ def ask_recorded(
     replay_only: bool = False,  # answer from the record or not at all: no key and no network are needed
     cap: SpendingCap | None = None,  # what may be spent on new requests; None: without limit
 ) -> Reply:  # recorded: the same each time
-    """The reply to a question, asked at most once. Raises `NotRecorded`, `SpendingCapReached` and what `ask_endpoint`
-    raises."""
+    "A reply, asked for at most once. Raises `NotRecorded`, `SpendingCapReached`, and as `ask_endpoint` does."
     check_messages(messages)
     sampling = sampling_settings(endpoint, max_tokens, temperature, seed)
     digest = prompt_digest(endpoint.provider, endpoint.model, messages, sampling)
