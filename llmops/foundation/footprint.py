@@ -28,11 +28,12 @@ def check_precision(
         if value not in known:
             raise ParamError(f"{name}: {value!r} is none of {', '.join(known)}")
 
-# %% ../../nbs/00_foundation/38_footprint.ipynb #730fcb0c
+# %% ../../nbs/00_foundation/38_footprint.ipynb #4e94c9de
 def weight_memory(
     shapes: ModelShapes,  # the model
     precision: str = "bfloat16",  # of the linear layers, a key of `LINEAR_BYTES`
     dtype: str = "bfloat16",  # of what is not quantised; of no effect where nothing is
+    cpu: bool = False,  # run by a CPU? GPTQ's kernel there holds scales and zero points in 16 bits, twice
 ) -> float:  # bytes
     "What the weights take. Raises `ParamError` for a precision that there is not."
     check_precision(precision, dtype)
@@ -45,6 +46,8 @@ def weight_memory(
         extra = 4 * sum(outputs for _, outputs in shapes.linear)
     if precision.startswith("gptq"):
         extra = 4 * sum(inputs for inputs, _ in shapes.linear)
+    if precision.startswith("gptq") and cpu:  # 64 bits a group, 20 of which are counted
+        extra += linear // int(precision.removeprefix("gptq-g")) * 44 // 8
     return linear * LINEAR_BYTES[precision] + other * rest + extra
 
 # %% ../../nbs/00_foundation/38_footprint.ipynb #f1e02109
@@ -99,7 +102,7 @@ def working_memory(
     behind = unwindowed_memory(shapes, context, batch_size, dtype, prefill)
     return stream + logits + growing + unpacked + behind
 
-# %% ../../nbs/00_foundation/38_footprint.ipynb #57b4507f
+# %% ../../nbs/00_foundation/38_footprint.ipynb #b6f92ed9
 def inference_memory(
     model: Any,  # its `ModelShapes`, a transformers config, or any model reference
     precision: str = "bfloat16",  # of the linear layers, a key of `LINEAR_BYTES`
@@ -108,11 +111,12 @@ def inference_memory(
     batch_size: int = 1,  # conversations at once
     dtype: str = "bfloat16",  # of what is not quantised, of the cache, and of computing
     prefill: int = PREFILL_TOKENS,  # tokens of each conversation that are read at once
+    cpu: bool = False,  # run by a CPU?
 ) -> dict[str, float]:  # GB (10**9 bytes): weights, cache, working, total
     "What a model takes that answers. Raises `ParamError` for a precision or a length that cannot be."
     shapes = model if isinstance(model, ModelShapes) else model_shapes(model)
     dtype = precision if precision in DTYPE_BYTES else dtype
-    parts = {"weights": weight_memory(shapes, precision, dtype),
+    parts = {"weights": weight_memory(shapes, precision, dtype, cpu),
              "cache": cache_memory(shapes, context, batch_size, dtype),
              "working": working_memory(shapes, context, batch_size, precision, dtype, prefill)}
     return {name: size / 1e9 for name, size in (parts | {"total": sum(parts.values())}).items()}

@@ -217,13 +217,13 @@ def weigh_apart(
         raise RuntimeError(f"{setting.name} in {setting.precision}: {run.stderr.strip()[-400:]}")
     return dict(json.loads(run.stdout.strip().splitlines()[-1]))
 
-# %% ../../nbs/11_studies/12_memory.ipynb #8e6acca2
+# %% ../../nbs/11_studies/12_memory.ipynb #01099271
 def predict_mb(
     setting: Setting,  # what is weighed
 ) -> dict[str, float]:  # MB: weights, cache, working, total
     "What the config says. A GGUF file's weights are the file: which tensor has how many bits is its maker's choice."
     parts = inference_memory(setting.model, setting.precision, context=setting.context, batch_size=setting.batch_size,
-                             dtype=setting.dtype, prefill=PROMPT_TOKENS)
+                             dtype=setting.dtype, prefill=PROMPT_TOKENS, cpu=True)
     parts = {name: 1000 * size for name, size in parts.items()}
     if setting.precision.startswith("q4"):
         parts["total"] += size_mb(setting.model) - parts["weights"]
