@@ -110,7 +110,7 @@ def weighed_path(
         return path, f"gptq-g{group}" if f"gptq-g{group}" in LINEAR_BYTES else "gptq-g64"
     return path, kind if kind in LINEAR_BYTES else default_dtype()
 
-# %% ../../nbs/00_foundation/39_needs.ipynb #405e6de1
+# %% ../../nbs/00_foundation/39_needs.ipynb #cc056e90
 def training_parts(
     shapes: ModelShapes,  # the base
     load: Workload,  # method, rows, tokens, rank
@@ -133,8 +133,9 @@ def answering_parts(
     precision: str,  # of its linear layers
 ) -> dict[str, float]:  # bytes: weights, cache, working
     "What answering takes; a prompt is read whole, as in transformers."
+    import torch
     dtype = precision if precision in DTYPE_BYTES else default_dtype()
-    return {"weights": weight_memory(shapes, precision, dtype),
+    return {"weights": weight_memory(shapes, precision, dtype, cpu=not torch.cuda.is_available()),
             "cache": cache_memory(shapes, load.tokens, load.rows, dtype),
             "working": working_memory(shapes, load.tokens, load.rows, precision, dtype, load.tokens)}
 

@@ -117,7 +117,7 @@ def clear_peak() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
-# %% ../../nbs/11_studies/12_memory.ipynb #bc07d139
+# %% ../../nbs/11_studies/12_memory.ipynb #3702baaa
 PROMPT_TOKENS, NEW_TOKENS = 16, 4  # read, and written, by the model itself
 
 
@@ -125,13 +125,16 @@ def fill_cache(
     cache: Any,  # transformers' cache, in which the prompt is
     tokens: int,  # to put after it
 ) -> None:
-    "Lengthen a cache by random keys and values, layer by layer, as a long prompt would."
+    "Lengthen a cache by random keys and values, as a long prompt that is read in parts; windows get their last tokens."
     import torch
     for layer in cache.layers:
+        kept = min(tokens, getattr(layer, "sliding_window", None) or tokens)
         keys, values = layer.keys, layer.values
-        new_keys = torch.rand(*keys.shape[:2], tokens, keys.shape[3], dtype=keys.dtype)
-        new_values = torch.rand(*values.shape[:2], tokens, values.shape[3], dtype=values.dtype)
+        new_keys = torch.rand(*keys.shape[:2], kept, keys.shape[3], dtype=keys.dtype)
+        new_values = torch.rand(*values.shape[:2], kept, values.shape[3], dtype=values.dtype)
         layer.update(new_keys, new_values)
+        if kept < tokens:
+            layer.cumulative_length += tokens - kept
 
 # %% ../../nbs/11_studies/12_memory.ipynb #75b94c2e
 def answer_at_length(
@@ -151,7 +154,7 @@ def answer_at_length(
             model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
-# %% ../../nbs/11_studies/12_memory.ipynb #94852cf4
+# %% ../../nbs/11_studies/12_memory.ipynb #6431ccac
 def weigh_transformers(
     setting: Setting,  # what to load, and how long the context is
 ) -> dict[str, float]:  # MB: imports, loading, loaded, cache, peak
@@ -170,6 +173,8 @@ def weigh_transformers(
         start = resident_mb()
         dtype = setting.precision if setting.precision in DTYPE_BYTES else setting.dtype
         model = load_weights(model_path(setting.model), quantization, dtype).eval()
+        with torch.inference_mode():  # GPTQ's kernel repacks the weights when they are first used
+            model(input_ids=torch.ones((1, 1), dtype=torch.long), use_cache=False)
         loading = peak_memory_mb() - start
         clear_peak()
         loaded = resident_mb() - start
@@ -211,13 +216,13 @@ def weigh_apart(
         raise RuntimeError(f"{setting.name} in {setting.precision}: {run.stderr.strip()[-400:]}")
     return dict(json.loads(run.stdout.strip().splitlines()[-1]))
 
-# %% ../../nbs/11_studies/12_memory.ipynb #8e6acca2
+# %% ../../nbs/11_studies/12_memory.ipynb #01099271
 def predict_mb(
     setting: Setting,  # what is weighed
 ) -> dict[str, float]:  # MB: weights, cache, working, total
     "What the config says. A GGUF file's weights are the file: which tensor has how many bits is its maker's choice."
     parts = inference_memory(setting.model, setting.precision, context=setting.context, batch_size=setting.batch_size,
-                             dtype=setting.dtype, prefill=PROMPT_TOKENS)
+                             dtype=setting.dtype, prefill=PROMPT_TOKENS, cpu=True)
     parts = {name: 1000 * size for name, size in parts.items()}
     if setting.precision.startswith("q4"):
         parts["total"] += size_mb(setting.model) - parts["weights"]
