@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-EXTRAS = "training gptq rag evaluation serving selection tracking prompting lab dev all".split()
+EXTRAS = "training gptq rag evaluation serving selection tracking registry prompting lab dev all".split()
 
 
 def words(name: str) -> list[str]:

@@ -14,7 +14,21 @@ from pathlib import Path
 
 from conftest import copy_project
 
-EXTRAS = ("", "training", "gptq", "rag", "evaluation", "serving", "selection", "tracking", "prompting", "lab", "dev", "all")
+EXTRAS = (
+    "",
+    "training",
+    "gptq",
+    "rag",
+    "evaluation",
+    "serving",
+    "selection",
+    "tracking",
+    "registry",
+    "prompting",
+    "lab",
+    "dev",
+    "all",
+)
 
 
 def build_wheel(folder: Path) -> Path:

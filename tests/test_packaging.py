@@ -16,7 +16,20 @@ from conftest import ROOT, copy_project
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("training", "gptq", "rag", "evaluation", "serving", "selection", "tracking", "prompting", "lab", "dev", "all")
+EXTRAS = (
+    "training",
+    "gptq",
+    "rag",
+    "evaluation",
+    "serving",
+    "selection",
+    "tracking",
+    "registry",
+    "prompting",
+    "lab",
+    "dev",
+    "all",
+)
 # What has to be installed for a package of the library, and for single rooms where that differs. "" is the core.
 PACKAGES = {
     "foundation": {""},
@@ -46,6 +59,7 @@ ROOMS = {
     ),
     "foundation.models": {"gptq"},
     "foundation.encoders": {"rag"},
+    "foundation.prompt_registry": {"registry"},
     "foundation.report": {"lab"},  # the core, and a plot shown in a notebook
     "foundation.strategies": {"evaluation"},
     "foundation.textscores": {"evaluation"},

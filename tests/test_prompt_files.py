@@ -163,3 +163,26 @@ def test_the_command_moves_and_shows(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "production (this text)" in capsys.readouterr().out
     assert main([*root, "show", "made@gone"]) == 1
     assert "no alias 'gone'; it has production" in capsys.readouterr().err
+
+
+def test_prompts_go_through_a_registry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'llmops[registry]'")
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    first = read_prompt("qa").text
+    (here / "qa.jinja").write_text(first)
+    registry = ["--registry", f"sqlite:///{tmp_path}/registry.db"]
+    assert main(["--root", str(here), "alias", "qa", "production"]) == 0
+    for reference in ("qa@production", "qa@production", "qa"):
+        assert main(["--root", str(here), "push", reference, *registry]) == 0
+    (here / "qa.jinja").write_text(first.replace("short phrase", "few words"))
+    assert main(["--root", str(here), "push", "qa", *registry]) == 0
+    pushed = capsys.readouterr().out
+    assert pushed.count("is version 1 there") == 3 and pushed.count("there, and @production") == 2
+    assert "is version 2 there" in pushed
+    assert main(["--root", str(there), "pull", "qa@production", *registry]) == 0
+    assert read_prompt("qa", there).text == first
+    assert main(["--root", str(there), "pull", "qa@2", *registry]) == 0
+    assert "few words" in read_prompt("qa", there).text
+    assert main(["--root", str(there), "pull", "qa@staging", *registry]) == 1
+    assert "is not in the registry" in capsys.readouterr().err

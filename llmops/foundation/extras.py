@@ -12,7 +12,7 @@ from importlib import metadata
 
 # %% ../../nbs/00_foundation/37_extras.ipynb #e9a498db
 DISTRIBUTIONS = {"bs4": "beautifulsoup4", "dvc_data": "dvc-data", "IPython": "ipython", "markdown_it": "markdown-it-py",
-                 "pptx": "python-pptx", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+                 "mlflow": "mlflow-skinny", "pptx": "python-pptx", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def plain_name(

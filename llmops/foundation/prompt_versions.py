@@ -23,12 +23,14 @@ from .decoding import DataError
 from .project import ParamError, relative_path, resolve_path
 from .prompt_files import (
     NAME, PROMPTS, Prompt, list_prompts, parse_prompt, prompt_digest, prompt_file, read_prompt, read_text)
+from .prompt_registry import pull_prompt, push_prompt
 
 # %% auto #0
 __all__ = ['ALIASES', 'HISTORY', 'VERSIONS', 'DIGEST', 'PREFIX', 'replace_text', 'locked_prompts', 'is_aliases', 'read_aliases',
            'Move', 'read_history', 'version_file', 'read_kept', 'keep_version', 'check_alias', 'write_move', 'utc_now',
            'set_alias', 'list_aliases', 'past_digests', 'roll_back', 'known_digests', 'resolve_digest',
-           'resolve_prompt', 'prompt_rows', 'print_columns', 'command_line', 'run_prompts', 'main']
+           'resolve_prompt', 'prompt_rows', 'print_columns', 'command_line', 'share_push', 'share_pull', 'run_prompts',
+           'main']
 
 # %% ../../nbs/00_foundation/43_prompt_versions.ipynb #859557af
 def replace_text(
@@ -355,11 +357,40 @@ def command_line() -> argparse.ArgumentParser:  # of `llmops prompts`
         move.add_argument("name", help="of the prompt")
         move.add_argument("alias", help="such as production")
         move.add_argument("--who", default="", help="who moves it; the user of this machine if not said")
+    for command, text in (("push", "put a prompt into an MLflow prompt registry"),
+                          ("pull", "write the prompt that a registry has into its file")):
+        share = commands.add_parser(command, help=text)
+        share.add_argument("reference", help="NAME@ALIAS; for push also NAME or NAME@DIGEST, for pull also NAME@NUMBER")
+        share.add_argument("--registry", required=True, help="such as sqlite:///registry.db or http://127.0.0.1:5000")
     history = commands.add_parser("history", help="every move of an alias")
     history.add_argument("name", nargs="?", default="", help="of one prompt; all if not said")
     return parser
 
 # %% ../../nbs/00_foundation/43_prompt_versions.ipynb #7d5d4a80
+def share_push(
+    reference: str,  # of a prompt, as for `resolve_prompt`
+    registry: str,  # address of an MLflow registry
+    folder: Path,  # of the prompt files
+) -> None:
+    "Put a prompt into a registry, under the alias by which it was named here."
+    prompt, alias = resolve_prompt(reference, folder), reference.partition("@")[2]
+    known = alias in read_aliases(folder).get(prompt.name, {})
+    version = push_prompt(prompt, registry, alias if known else "")
+    print(f"{prompt.name} {prompt.digest[:12]} is version {version} there{f', and @{alias}' if known else ''}")
+
+
+def share_pull(
+    reference: str,  # of a prompt in the registry
+    registry: str,  # address of an MLflow registry
+    folder: Path,  # of the prompt files
+) -> None:
+    "Write the prompt that a registry has into its file."
+    prompt = pull_prompt(reference, registry)
+    file = folder / f"{prompt.name}.jinja"
+    replace_text(file, prompt.text)
+    print(f"{relative_path(file)} is now {prompt.digest[:12]}; git diff shows what changed")
+
+
 def run_prompts(
     given: argparse.Namespace,  # of `command_line`
 ) -> None:
@@ -370,6 +401,8 @@ def run_prompts(
     elif given.command == "show":
         prompt = resolve_prompt(given.reference, folder)
         print(f"# {prompt.place}  {prompt.digest}\n{prompt.text}", end="")
+    elif given.command in ("push", "pull"):
+        (share_push if given.command == "push" else share_pull)(given.reference, given.registry, folder)
     elif given.command == "history":
         moves = read_history(folder, given.name)
         print_columns([[move.when, move.who, f"{move.name}@{move.alias}", move.move,
@@ -384,7 +417,7 @@ def run_prompts(
 def main(
     argv: list[str] | None = None,  # command line; the process's own when None
 ) -> int:  # exit code
-    "`llmops prompts list|show|alias|rollback|history`."
+    "`llmops prompts list|show|alias|rollback|history|push|pull`."
     try:
         run_prompts(command_line().parse_args(argv))
     except (ParamError, DataError) as e:
