@@ -13,7 +13,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run rag prompting gate people test check lab docs serve interop lock results seeds browser clean
+.PHONY: help setup run rag select prompting gate people test check lab docs serve interop lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ run: $(READY)  ## run the pipeline and show the leaderboard
 
 rag: $(READY)  ## index two corpora, tune on found passages, and answer with evidence
 	@llmops rag
+
+select: $(READY)  ## compare models behind servers and on this machine on your own questions
+	@llmops select
 
 prompting: $(READY)  ## find the best way to ask, and hold answers to spans of the passage
 	@llmops prompting

@@ -7,8 +7,8 @@ __all__ = ['PROVIDERS', 'Kind', 'ADVICE', 'Message', 'REASONS', 'PASSING', 'Endp
            'EndpointError', 'read_key', 'check_messages', 'sampling_settings', 'openai_request', 'anthropic_request',
            'Reply', 'Heard', 'hear_openai', 'count_anthropic', 'hear_message', 'hear_event', 'settle_reason',
            'open_client', 'server_message', 'error_code', 'read_retry_after', 'status_kind', 'explain_status',
-           'explain_failure', 'hear_reply', 'hear_stream', 'attempt_request', 'retry_wait', 'named_failures',
-           'ask_endpoint']
+           'explain_failure', 'hear_reply', 'check_events', 'hear_stream', 'attempt_request', 'retry_wait',
+           'named_failures', 'ask_endpoint']
 
 # %% ../../nbs/01_selection/01_endpoints.ipynb #f8c07eb3
 import importlib
@@ -395,6 +395,15 @@ def hear_reply(
     return heard, answer._request_id
 
 
+def check_events(
+    response: Any,  # of the client, whose body is still to be read
+) -> None:
+    "Raise `ValueError` for a web page, or anything else that is no stream of events."
+    kind = response.headers.get("content-type", "")
+    if "event-stream" not in kind:
+        raise ValueError(f"expected a stream of events, got {kind or 'a body that does not say what it is'}")
+
+
 def hear_stream(
     endpoint: Endpoint,  # that is asked
     create: Callable[..., Any],  # the client's method
@@ -405,6 +414,7 @@ def hear_stream(
     heard, first = Heard(), None
     name, hear = ("x-request-id", hear_openai) if endpoint.provider == "openai" else ("request-id", hear_event)
     with create(**request, stream=True) as stream:
+        check_events(stream.response)
         for part in stream:
             hear(heard, part)
             if first is None and (heard.text or heard.refusal):

@@ -36,10 +36,11 @@ def prompt_digest(
     model: str,  # as it was asked for
     messages: Sequence[Message],  # the conversation
     sampling: Mapping[str, Any],  # of `sampling_settings`
+    base_url: str = "",  # address of the server: two servers may call different models by one name
 ) -> str:  # hexadecimal sha256 of their canonical JSON
     "What a reply is known by."
     asked = {"provider": provider, "model": model, "messages": [dict(message) for message in messages],
-             "sampling": dict(sampling)}
+             "sampling": dict(sampling), "base_url": base_url}
     return json_digest(asked)
 
 # %% ../../nbs/01_selection/02_recording.ipynb #3448df0e
@@ -48,16 +49,18 @@ LATENCY = ("seconds", "first_token_seconds")
 
 
 def reply_row(
-    endpoint: Endpoint,  # that was asked
+    provider: str,  # openai, anthropic, or local
+    model: str,  # as it was asked for; of a local one its digest
     messages: Sequence[Message],  # the conversation
     sampling: Mapping[str, Any],  # of `sampling_settings`
     reply: Reply,  # what came
+    base_url: str = "",  # address of the server
 ) -> dict[str, Any]:  # a line of the record
     "A reply and its question, as JSON holds them. There is no key in either."
     said = asdict(reply)
     usage, latency = {name: said.pop(name) for name in USAGE}, {name: said.pop(name) for name in LATENCY}
-    return {"digest": prompt_digest(endpoint.provider, endpoint.model, messages, sampling),
-            "provider": endpoint.provider, "model": endpoint.model, "base_url": endpoint.base_url,
+    return {"digest": prompt_digest(provider, model, messages, sampling, base_url),
+            "provider": provider, "model": model, "base_url": base_url,
             "sampling": dict(sampling), "messages": [dict(message) for message in messages],
             "attempts": said.pop("attempts"), "reply": said, "usage": usage, "latency": latency,
             "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -77,7 +80,7 @@ def check_row(
     "A line as a row. Raises `DataError` when it is none, or was altered."
     try:
         row = json.loads(line)
-        digest = prompt_digest(row["provider"], row["model"], row["messages"], row["sampling"])
+        digest = prompt_digest(row["provider"], row["model"], row["messages"], row["sampling"], row["base_url"])
         row_reply(row)
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{where}: no recorded reply ({type(e).__name__}: {str(e)[:80]}); remove the line, and it "
@@ -183,7 +186,7 @@ def bound_price(
     known = [price for price in priced if price is not None]
     if not known:
         raise ParamError(f"prices: nobody knows what {endpoint.model} costs, so that spending cannot be capped; give "
-                         "the cap `prices=TokenPrices(input=..., output=...)`, 0 for a model that costs nothing")
+                         "its prices for input and output per million tokens, 0 for a model that costs nothing")
     return max(known)
 
 # %% ../../nbs/01_selection/02_recording.ipynb #35b932ae
@@ -197,8 +200,7 @@ UNBILLED = ("no_key", "wrong_key", "rate_limited", "bad_request", "unreachable")
 @dataclass
 class SpendingCap:
     "What may be spent, by all threads of this process together; another process has a cap of its own."
-    limit: float  # in US dollars, or in the currency of `prices`
-    prices: TokenPrices | None = None  # agreed on, in place of list prices; needed for a model without one
+    limit: float  # in US dollars, or in the currency of the prices that were agreed on
     spent: float = 0.0  # so far, in earlier runs too if they are to count; bounds of what is under way included
     lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)  # held while `spent` changes
 
@@ -249,14 +251,14 @@ def find_recorded(
 
 
 def refuse_asking(
-    endpoint: Endpoint,  # that would be asked
+    model: str,  # that would be asked
     record: Record,  # open
     messages: Sequence[Message],  # the conversation
     digest: str,  # of `prompt_digest`
 ) -> NotRecorded:  # to be raised
     "Name the question that is not in a record."
     text = " ".join(messages[-1]["content"].split())
-    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {endpoint.model} "
+    return NotRecorded(f"{relative_path(record.file)}: holds {len(record.rows)} replies, and none of {model} "
                        f"to {text[:80]!r} with these settings (digest {digest[:8]}); ask it with replay_only=False or "
                        "with the model, messages and sampling that were recorded")
 
@@ -271,22 +273,23 @@ def ask_recorded(
     stream: bool = False,  # as for `ask_endpoint`; no part of the question
     replay_only: bool = False,  # answer from the record or not at all: no key and no network are needed
     cap: SpendingCap | None = None,  # what may be spent on new requests; None: without limit
+    prices: TokenPrices | None = None,  # agreed on, in place of list prices; a cap needs them for a model without one
 ) -> Reply:  # recorded: the same each time
     "A reply, asked for at most once. Raises `NotRecorded`, `SpendingCapReached`, and as `ask_endpoint` does."
     check_messages(messages)
     sampling = sampling_settings(endpoint, max_tokens, temperature, seed)
-    digest = prompt_digest(endpoint.provider, endpoint.model, messages, sampling)
+    digest = prompt_digest(endpoint.provider, endpoint.model, messages, sampling, endpoint.base_url)
     known = find_recorded(record, digest)
     if known is not None:
         return known
     if replay_only:
-        raise refuse_asking(endpoint, record, messages, digest)
-    bound = bound_price(endpoint, messages, max_tokens, cap.prices) if cap else 0.0
+        raise refuse_asking(endpoint.model, record, messages, digest)
+    bound = bound_price(endpoint, messages, max_tokens, prices) if cap else 0.0
     reply = ask_endpoint(endpoint, messages, max_tokens, temperature, seed, stream,
                          guard=lambda: cap.hold(bound) if cap else nullcontext())
     if cap and (tokens := reply_tokens(reply)):
-        cap.settle(bound, request_price(endpoint, tokens, prices=cap.prices))
-    add_row(record, reply_row(endpoint, messages, sampling, reply))
+        cap.settle(bound, request_price(endpoint, tokens, prices=prices))
+    add_row(record, reply_row(endpoint.provider, endpoint.model, messages, sampling, reply, endpoint.base_url))
     return row_reply(record.rows[digest])
 
 # %% ../../nbs/01_selection/02_recording.ipynb #44883260

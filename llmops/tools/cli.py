@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIPELINE', 'HUMAN', 'COMMANDS', 'MODULES', 'CommandError', 'find_project', 'next_commands', 'run_goal', 'run_command',
-           'rag_command', 'prompting_command', 'gate_command', 'people_words', 'people_command', 'verify_command',
-           'lineage_command', 'show_command', 'diff_command', 'status_command', 'profile_command', 'setup_command',
-           'clean_command', 'lab_command', 'docs_command', 'completion_command', 'Command', 'option', 'module_commands',
-           'command_parser', 'call_module', 'call_command', 'main']
+           'rag_command', 'select_command', 'prompting_command', 'gate_command', 'people_words', 'people_command',
+           'verify_command', 'lineage_command', 'show_command', 'diff_command', 'status_command', 'profile_command',
+           'setup_command', 'clean_command', 'lab_command', 'docs_command', 'completion_command', 'Command', 'option',
+           'module_commands', 'command_parser', 'call_module', 'call_command', 'main']
 
 # %% ../../nbs/12_tools/19_cli.ipynb #c0fdb060
 import argparse
@@ -91,6 +91,16 @@ def rag_command(
     code = run_goal(("answering", "retrieval-bank"))
     if code == 0:
         importlib.import_module("llmops.retrieval.answering").main(["runs/answering"])
+    return code
+
+
+def select_command(
+    given: argparse.Namespace,  # nothing
+) -> int:  # exit code
+    "Compare the candidates of `params/selection.yaml`, and show the card of the decision."
+    code = run_goal(("selection",))
+    if code == 0:
+        print((project_root() / "runs/selection/selection.md").read_text(encoding="utf-8"), end="")
     return code
 
 
@@ -311,6 +321,7 @@ COMMANDS = {
         option("stages", nargs="*", metavar="STAGE", help="such as gate or evaluate@base; the pipeline if none"),
         option("--force", action="store_true", help="also run what has not changed"))),
     "rag": Command(rag_command, "index two corpora, tune on found passages, and answer with evidence"),
+    "select": Command(select_command, "compare models behind servers and on this machine on your own questions"),
     "prompting": Command(prompting_command, "find the best way to ask, and hold answers to spans of the passage"),
     "gate": Command(gate_command, "may the new version replace the one in service? ship (0), hold (3) or reject (4)"),
     "people": Command(people_command, "have people rate answers in the browser; prints a link for each rater", (

@@ -111,6 +111,7 @@ def room_overlay(
     reply, whole = min(answer, 512), prompt + answer
     files: dict[str, dict[str, Any]] = {
         "evaluation": {"max_new_tokens": max(24, reply)}, "prompting": {"max_new_tokens": max(24, reply)},
+        "selection": {"max_new_tokens": max(24, reply)},
         "answering": {"max_new_tokens": max(32, reply)}, "serving": {"max_tokens": max(32, reply)}}
     if whole > 512:
         files["quantization"] = {"max_tokens": min(2048, whole)}
