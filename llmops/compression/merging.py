@@ -29,6 +29,7 @@ from ..foundation.datasets import dataset_path, read_split
 from ..foundation.generation import completion_logprobs
 from ..foundation.memory import meta_model
 from ..foundation.models import default_dtype, load_model
+from ..foundation.needs import Workload, announce_stage
 from ..foundation.nf4 import dequantize
 from ..foundation.project import ParamError, from_cell, relative_path, seed_everything, stage_params
 from ..foundation.report import show_table, write_json
@@ -382,6 +383,7 @@ def run_merging(
     rows = read_split(data, "valid")[:cfg.check_rows]
     if not rows:
         raise ParamError(f"data: {cfg.data} has no validation rows, so the merge could not be checked")
+    announce_stage("merging", trained.base, Workload("merge"), cfg.out)
     with working_folder(cfg.out, cfg) as work:
         model, tokenizer, weights = load_as_trained(trained)
         reference = answer_logprobs(model, tokenizer, rows)

@@ -46,6 +46,7 @@ from ..foundation.datasets import dataset_path, read_split
 from ..foundation.checkpoints import model_kind, model_path, size_mb
 from ..foundation.generation import encode_prompt, generation_speed, measure_speed
 from ..foundation.models import load_model, load_tokenizer
+from ..foundation.needs import Workload, announce_stage
 from ..foundation.project import (
     ParamError, from_cell, project_root, relative_path, resolve_path, seed_everything, stage_params)
 from ..foundation.report import write_json
@@ -502,6 +503,7 @@ def run_serving(
     drawn = random.Random(cfg.seed).sample(rows, min(len(rows), max(cfg.questions, cfg.speed_prompts)))
     prompts, timed = [row["prompt"] for row in rows], [row["prompt"] for row in drawn[: cfg.speed_prompts]]
     limits = AnswerLimits(cfg.default_max_tokens, cfg.max_repeats, cfg.repeat_characters)
+    announce_stage("serving", inputs.model, Workload("answer", inputs.context, cfg.slots), cfg.out)
     with working_folder(cfg.out, cfg) as work:
         engine, reason = choose_engine(cfg.engine, inputs.model, work / "model.gguf", inputs.context, prompts)
         speed = {"transformers": time_transformers(inputs.model, timed, cfg.speed_tokens, cfg.threads)}

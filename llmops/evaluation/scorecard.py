@@ -36,6 +36,7 @@ from llmops.evaluation.suites import (
 from ..foundation.artifacts import seal, working_folder
 from ..foundation.encoders import Encode, sentence_encoder
 from ..foundation.evaluations import Evaluated, read_evaluation
+from ..foundation.needs import Workload, about_tokens, announce_stage
 from ..foundation.project import ParamError, from_cell, seed_everything, stage_params
 from ..foundation.reading import write_jsonl
 from ..foundation.report import count_noun, show_table, write_json
@@ -244,6 +245,8 @@ def run_scorecard(
     seed_everything(cfg.seed)
     inputs = resolve_inputs(cfg)
     evaluation, questions = inputs.evaluation, inputs.questions[:cfg.timed]
+    tokens = about_tokens([row["prompt"] for row in inputs.questions], evaluation.scores["protocol"]["max_new_tokens"])
+    announce_stage("the scorecard", inputs.version.ref, Workload("answer", tokens, 8), cfg.out)
     with working_folder(cfg.out, cfg) as work:
         rows, summaries, seconds = run_suites(choose_suites(cfg, inputs))
         card = make_card(cfg, inputs, summaries)

@@ -82,7 +82,7 @@ def earlier_seconds(
         return None
 
 # %% ../../nbs/00_foundation/39_needs.ipynb #a6df41e7
-Work = Literal["answer", "full", "lora", "qlora", "quantize"]  # what a stage does with a model
+Work = Literal["answer", "full", "lora", "qlora", "quantize", "merge"]  # what a stage does with a model
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def memory_parts(
     "What a stage takes, part by part."
     place, precision = weighed_path(ref) if isinstance(ref, str | Path) else (ref, default_dtype())
     shapes = model_shapes(place)
+    if load.work == "merge":  # the model, and the base's weights that it is compared with or merged into
+        return {"weights": 2 * weight_memory(shapes, "float32") / 1e9}
     if load.work in ("full", "lora", "qlora"):
         parts = training_parts(shapes, load, default_dtype())
     else:  # quantising ends in a comparison with the model that it came from, in this machine's dtype
@@ -164,6 +166,8 @@ def disk_need(
     shapes = model_shapes(weighed_path(ref)[0] if isinstance(ref, str | Path) else ref)
     if load.work == "full":  # the model, and two checkpoints with the optimizer's moments while one replaces the other
         return 7 * weight_memory(shapes, "float32") / 1e9
+    if load.work == "merge":
+        return weight_memory(shapes, "float32") / 1e9
     if load.work == "quantize":  # at most the 8-bit form, and a copy while it is written
         return 2 * weight_memory(shapes, "int8") / 1e9
     return optimizer_bytes(shapes, "lora", load.rank) / 16 * 28 / 1e9  # the adapter, and two checkpoints of it

@@ -24,6 +24,7 @@ from ..foundation.cache import cache_key
 from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import load_model
+from ..foundation.needs import Workload, announce_stage
 from ..foundation.project import ParamError, from_cell, resolve_path, seed_everything, stage_params
 from ..foundation.reading import Row, read_rows, write_jsonl
 from ..foundation.report import count_noun, show_table, show_value, write_json
@@ -196,6 +197,8 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # figures, and the scored answers from found passages
     "Everything that one model is asked."
     cfg, path = exam.cfg, model_path(ref)
+    tokens = cfg.context_tokens + cfg.max_new_tokens
+    announce_stage(f"answering with {ref}", path, Workload("answer", tokens, cfg.batch_size), cfg.out)
     model, tokenizer = load_model(path)
     count, retrieval = token_counter(tokenizer), str(exam.retrieval)
     digest = cache_key(input_digest(path), ref).hex()

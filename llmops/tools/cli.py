@@ -98,6 +98,7 @@ def select_command(
     given: argparse.Namespace,  # nothing
 ) -> int:  # exit code
     "Compare the candidates of `params/selection.yaml`, and show the card of the decision."
+    from llmops.foundation.project import project_root
     code = run_goal(("selection",))
     if code == 0:
         print((project_root() / "runs/selection/selection.md").read_text(encoding="utf-8"), end="")
