@@ -147,7 +147,7 @@ def test_a_summary_stands_for_what_was_left_out_and_is_paid_for_once(engine):
     said = [Message(role="user", content=SUMMARY), Message(role="assistant", content=left["summary"])]
     assert answer["usage"]["prompt_tokens"] == counted(engine, [shown[0], *said, *shown[1:]]) <= CONTEXT - ANSWER
     assert ask(engine, LONG, truncation="summarise")["llmops"]["left_out"] == left and len(asked) == left["turns"]
-    grown = [SYSTEM, *talk(11)]
+    grown = [SYSTEM, *talk(13)]
     later = ask(engine, grown, truncation="summarise")["llmops"]["left_out"]
     assert len(asked) == max(later["turns"], left["turns"]) and later["turns"] > left["turns"]
 
