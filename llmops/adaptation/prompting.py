@@ -163,8 +163,8 @@ def check_constrained(
     "Raise `ParamError` where no strategy `constrained` will be there, and say which strategies there can be."
     able = "zero-shot, other instructions, few-shot, prompt files, chain of thought and self-consistency"
     if task_constraint(asked) == "none":
-        raise ParamError(f"task: answers of {asked.task.name} can be held neither to spans of a passage that is shown nor "
-                         f"to labels, so that there is no strategy `constrained`; there are {able}")
+        raise ParamError(f"task: answers of {asked.task.name} can be held neither to spans of a passage that is shown "
+                         f"nor to labels, so that there is no strategy `constrained`; there are {able}")
     if not constrained:
         raise ParamError(f"constrained: it is false, so that there is no strategy `constrained`; there are {able}. Set "
                          "it to true in prompting.yaml")

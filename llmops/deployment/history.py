@@ -186,7 +186,7 @@ async def summarise_left_out(
 async def fit_request(
     request: ChatRequest,  # a checked request
     window: ContextWindow,  # of the engine
-) -> tuple[ChatRequest, LeftOut | None]:  # a request that fits, or the shortest that there is; None: nothing was left out
+) -> tuple[ChatRequest, LeftOut | None]:  # one that fits, or the shortest that there is; None: nothing is left out
     "Do with a conversation that is too long what its `truncation` says."
     number = 0 if request.truncation == "disabled" else await fewest_left_out(request, window)
     if not number:

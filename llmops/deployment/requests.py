@@ -42,8 +42,8 @@ def context_exceeded(
 ) -> ApiError:  # with both counts
     "A prompt is never cut: its sender gets this instead."
     message = (f"messages: the prompt has {prompt} tokens and the context holds {context}, at least one of them for "
-               "the answer; nothing was cut. Send less text, leave the oldest turns out (truncation: auto), or serve with "
-               "a longer context")
+               "the answer; nothing was cut. Send less text, leave the oldest turns out (truncation: auto), or serve "
+               "with a longer context")
     return ApiError(message, 400, "context_length_exceeded", "messages")
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #f1cace9d
