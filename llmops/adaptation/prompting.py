@@ -424,14 +424,13 @@ def try_all(
     kept: Path,  # folder of finished strategies
 ) -> list[Tried]:  # the first one first
     "Ask the model in every way that has not been asked yet. It is loaded when it is needed."
-    model, tokenizer, tried = None, None, list[Tried]()
+    loaded, tried = None, list[Tried]()
     for number, (name, strategy) in enumerate(strategies.items(), 1):
         file = kept / f"{number}.json"
         if not file.is_file():
             print(f"{number} of {len(strategies)}: {name}")
-            if model is None:
-                model, tokenizer = load_model(model_path(cfg.model))
-            keep_tried(file, try_strategy(name, strategy, model, tokenizer, rows, asked, cfg))
+            loaded = loaded or load_model(model_path(cfg.model))
+            keep_tried(file, try_strategy(name, strategy, *loaded, rows, asked, cfg))
         one = read_tried(file, name, strategy, asked.task)
         tried.append(one)
         if cfg.refusing and asked.refusal:

@@ -150,7 +150,8 @@ def answer_note(
     left_out: dict[str, Any] | None = None,  # of the conversation, as `history.LeftOut` says it; None: nothing
 ) -> dict[str, Any]:  # a field beside OpenAI's
     "Say what a client cannot tell from `finish_reason`, nor from the answer."
-    told = ({"stopped": stopped} if stopped else {}) | ({"left_out": left_out} if left_out else {})
+    told: dict[str, Any] = {"stopped": stopped, "left_out": left_out}
+    told = {name: value for name, value in told.items() if value}
     return {"llmops": told} if told else {}
 
 
