@@ -116,7 +116,8 @@ def summary_request(
     "Ask for a summary."
     said = [f"summary so far: {earlier}"] if earlier else []
     text = "\n".join([INSTRUCTION, "", *said, turn_text(turn)])
-    return ChatRequest(model=model, messages=[Message(role="user", content=text)], max_tokens=max_tokens)
+    asked = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
+    return ChatRequest.model_validate(asked)
 
 # %% ../../nbs/08_deployment/13_history.ipynb #62a08680
 async def write_summary(
@@ -154,7 +155,7 @@ def with_summary(
 ) -> list[Message]:  # a turn more
     "Put a summary where the turns stood: below the first system messages."
     begin = turn_starts(messages)[0]
-    said = [Message(**turn) for turn in summary_turn(summary)]
+    said = [Message.model_validate(turn) for turn in summary_turn(summary)]
     return messages[:begin] + said + messages[begin:]
 
 # %% ../../nbs/08_deployment/13_history.ipynb #dcf7231b

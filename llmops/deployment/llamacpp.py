@@ -283,7 +283,8 @@ def body_tokens(
     controls: ControlTokens,  # of the model
 ) -> int:  # tokens of the prompt
     "Count a prompt. Raises `ChatTemplateError` when the template does not take the conversation."
-    shown = {name: body[name] for name in ("tools", "tool_choice", "chat_template_kwargs") if name in body}
+    names = ("tools", "tool_choice", "chat_template_kwargs")
+    shown: dict[str, Any] = {name: body[name] for name in names if name in body}
     if not shown:
         return len(chat_tokens(client, body["messages"], controls))
     text = apply_template(client, body["messages"], shown)
