@@ -230,6 +230,20 @@ def test_the_model_alone_streams_and_says_where_it_was_ended(page):
     assert page.locator("#talk > li").count() == 2
 
 
+@pytest.mark.parametrize(
+    "locale, says", [("en-US", "oldest turns left out: 1."), ("ko-KR", "대화가 길어 읽지 않은 가장 오래된 문답 수: 1.")]
+)
+def test_a_conversation_that_is_too_long_says_what_was_left_out(chromium, home, locale, says):
+    from llmops.foundation.models import load_tokenizer
+
+    a_word = len(load_tokenizer(model_path("tiny:llama"))(" harbour")["input_ids"])
+    question = "harbour " * (600 // a_word)  # two of them do not fit into 1024 tokens
+    with opened(chromium, home, locale=locale) as page:
+        page.locator("#model").select_option("assistant-4bit")
+        expect(ask(page, question)).not_to_contain_text(says)
+        expect(ask(page, question)).to_contain_text(says)
+
+
 def test_every_control_has_a_name(page):
     ask(page, "What does an overdraft cost?")
     named = "n => (n.getAttribute('aria-label') || n.closest('label')?.textContent || n.textContent).trim()"

@@ -6,25 +6,27 @@
 __all__ = ['LLAMACPP_FIELDS', 'TOOL_FIELDS', 'llamacpp_server', 'llamacpp_body', 'llamacpp_fields', 'llamacpp_error',
            'read_parts', 'written_text', 'timed_usage', 'AnswerWatch', 'watch_parts', 'relay_parts', 'join_calls',
            'join_message', 'whole_answer', 'llamacpp_client', 'llamacpp_reader', 'check_options', 'busy_slots',
-           'LlamaCppEngine']
+           'slot_context', 'body_tokens', 'LlamaCppEngine']
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #b78cdd15
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #bb042fa9
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import httpx
 from starlette.responses import JSONResponse, Response
 
+from .history import ContextWindow, fit_request
 from .requests import (
     ApiError, ChatRequest, ServingError, context_exceeded, ignored_fields, plain_turn, report_ignored, template_refused)
 from .streaming import (
-    LIMITS, AnswerLimits, RepetitionWatch, StreamedAnswer, sse_event, stop_note)
+    LIMITS, AnswerLimits, RepetitionWatch, StreamedAnswer, answer_note, sse_event)
 from .token_prompts import (
-    CHAT, fill_gaps, holds_controls, relay_as_chat, route_request, template_reason)
+    CHAT, apply_template, chat_tokens, fill_gaps, holds_controls, relay_as_chat, route_request, template_reason)
 from ..foundation.chat import ControlTokens
 
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #35288c5f
@@ -123,7 +125,9 @@ class AnswerWatch:
     def __init__(self,
         request: ChatRequest,  # a checked request
         limits: AnswerLimits,  # the server's
+        left_out: dict[str, Any] | None = None,  # of the conversation; None: nothing
     ) -> None:
+        self.left_out = left_out
         endless = bool((request.model_extra or {}).get("ignore_eos"))
         self.repetition = None if endless else RepetitionWatch(limits)
         self.default = None if request.max_tokens else limits.default_max_tokens
@@ -148,17 +152,18 @@ async def watch_parts(
     parts: AsyncGenerator[dict[str, Any], None],  # of a chat, the last one with the number of tokens
     watch: AnswerWatch,  # it says when to stop
 ) -> AsyncGenerator[dict[str, Any], None]:  # the same until the answer ends or is ended
-    "Hand an answer on, end it where it repeats itself, and say so."
+    "Hand an answer on, end it where it repeats itself, and say so, and what was left out, with its end."
     async with aclosing(parts):
         async for part in parts:
             stopped = watch.stops(part) if part.get("choices") else ""
             timings = part.get("timings")
-            if timings and part.get("choices") and not part["choices"][0]["finish_reason"]:
+            ends = bool(part.get("choices") and part["choices"][0]["finish_reason"])
+            if timings and part.get("choices") and not ends:
                 part = {key: value for key, value in part.items() if key != "timings"}
-            yield part if stopped != "default_max_tokens" else part | stop_note(stopped)
+            yield part | answer_note(stopped, watch.left_out) if ends else part
             if stopped == "repetition":
                 end = {"index": 0, "delta": {}, "finish_reason": "length"}
-                yield part | {"choices": [end]} | stop_note(stopped)
+                yield part | {"choices": [end]} | answer_note(stopped, watch.left_out)
                 if timings:
                     yield part | {"choices": [], "usage": timed_usage(timings)}
                 return
@@ -264,6 +269,28 @@ async def busy_slots(
         raise ServingError(f"llama.cpp does not answer: {type(e).__name__}; start the server again") from None
     return sum(slot["is_processing"] for slot in slots)
 
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #95dddefd
+def slot_context(
+    client: httpx.Client,  # of `llamacpp_reader`
+) -> int:  # tokens of prompt and answer together, of one conversation
+    "How much llama.cpp holds."
+    return client.get("/props").raise_for_status().json()["default_generation_settings"]["n_ctx"]
+
+
+def body_tokens(
+    client: httpx.Client,  # of `llamacpp_reader`
+    body: dict[str, Any],  # of `llamacpp_body`
+    controls: ControlTokens,  # of the model
+) -> int:  # tokens of the prompt
+    "Count a prompt. Raises `ChatTemplateError` when the template does not take the conversation."
+    names = ("tools", "tool_choice", "chat_template_kwargs")
+    shown: dict[str, Any] = {name: body[name] for name in names if name in body}
+    if not shown:
+        return len(chat_tokens(client, body["messages"], controls))
+    text = apply_template(client, body["messages"], shown)
+    asked = {"content": text, "add_special": True, "parse_special": True}
+    return len(client.post("/tokenize", json=asked).raise_for_status().json()["tokens"])
+
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #f97703a4
 class LlamaCppEngine:
     "Answers through llama.cpp's own chat endpoint."
@@ -278,6 +305,20 @@ class LlamaCppEngine:
         self.client, self.reader = llamacpp_client(server.listening_address), llamacpp_reader(server.listening_address)
         self.controls, self.free, self.patience = controls, asyncio.Semaphore(slots), patience
         self.gaps, self.limits = gaps, limits
+        self.window: ContextWindow | None = None  # made when a client first needs it
+
+    async def count_prompt(self, request: ChatRequest) -> int:
+        "Tokens of a request's prompt, as llama.cpp's template and tokenizer make them."
+        body = llamacpp_body(request, self.gaps, self.limits.default_max_tokens)
+        return await asyncio.to_thread(body_tokens, self.reader, body, self.controls)
+
+    async def fit(self, request: ChatRequest) -> tuple[ChatRequest, dict[str, Any] | None]:
+        "Leave out what has to be, where the client asks for it, and say what that was."
+        if request.truncation != "disabled" and self.window is None:
+            context = await asyncio.to_thread(slot_context, self.reader)
+            self.window = ContextWindow(context, self.limits.default_max_tokens, self.count_prompt, self)
+        fitted, left = await fit_request(request, self.window) if self.window else (request, None)
+        return fitted, asdict(left) if left else None
 
     async def route(self, request: ChatRequest) -> tuple[str, dict[str, Any]]:
         "llama.cpp's address for a request, and the body; what could hold control tokens, and tools, cost questions."
@@ -292,6 +333,7 @@ class LlamaCppEngine:
         request: ChatRequest,  # a checked request
     ) -> Response:  # llama.cpp's, with errors in the gateway's words
         ignored = ignored_fields(request, "llama.cpp", llamacpp_fields(self.gaps))
+        request, left_out = await self.fit(request)
         async with AsyncExitStack() as held:
             await held.enter_async_context(self.free)
             path, body = await self.route(request)
@@ -300,7 +342,7 @@ class LlamaCppEngine:
                 raise llamacpp_error(json.loads(await response.aread()))
             lines = response.aiter_lines()
             events = lines if path == CHAT else relay_as_chat(lines, include_usage=True)
-            parts = watch_parts(read_parts(events), AnswerWatch(request, self.limits))
+            parts = watch_parts(read_parts(events), AnswerWatch(request, self.limits, left_out))
             if request.stream:
                 relayed = relay_parts(parts, request.stream_options.include_usage)
                 return report_ignored(StreamedAnswer(relayed, held.pop_all()), ignored)

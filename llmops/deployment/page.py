@@ -84,7 +84,8 @@ ENGLISH = {
     "read": "Read: ", "up": "Good answer", "down": "Bad answer", "kept": "Kept. Thank you.", "back": "Taken back.",
     "notKept": "Not kept: ", "stopped": "Stopped.", "failed": "No answer: ", "offline": "the server does not answer",
     "repetition": "Ended: it only repeated itself.", "default_max_tokens": "Ended at the server's longest length.",
-    "length": "Ended: there is no room for more.", "answered": "answered by", "seconds": "s", "source": "Source",
+    "length": "Ended: there is no room for more.", "leftOut": "Too long for the model; oldest turns left out: ",
+    "answered": "answered by", "seconds": "s", "source": "Source",
     "keeping": "A thumb is kept on the computer that serves this page, with question, answer and sources, in ",
     "keys": "Enter asks, Shift+Enter begins a line, Esc stops.", "talk": "Questions and answers", "loading": "Loading"}
 
@@ -99,7 +100,8 @@ KOREAN = {
     "notKept": "저장하지 못했습니다: ", "stopped": "멈췄습니다.", "failed": "답하지 못했습니다: ",
     "offline": "서버가 응답하지 않습니다",
     "repetition": "같은 말만 되풀이해서 끝냈습니다.", "default_max_tokens": "서버가 정한 길이에서 끝냈습니다.",
-    "length": "더 쓸 자리가 없어서 끝냈습니다.", "answered": "답한 모델", "seconds": "초", "source": "출처",
+    "length": "더 쓸 자리가 없어서 끝냈습니다.", "leftOut": "대화가 길어 읽지 않은 가장 오래된 문답 수: ",
+    "answered": "답한 모델", "seconds": "초", "source": "출처",
     "keeping": "평가는 질문, 답, 출처와 함께 이 페이지를 여는 컴퓨터에 저장됩니다: ",
     "keys": "Enter 묻기, Shift+Enter 줄 바꾸기, Esc 멈추기.", "talk": "질문과 답", "loading": "불러오는 중"}
 
@@ -182,7 +184,7 @@ async function* readEvents(body) {  // server-sent events, each a JSON object
 }
 async function* ask(model, messages, signal) {
   const post = {method: "POST", headers: {"Content-Type": "application/json"}, signal};
-  const body = JSON.stringify({model, messages, stream: true});
+  const body = JSON.stringify({model, messages, stream: true, truncation: "auto"});
   const reply = await fetch("/v1/chat/completions", {...post, body});
   if (!reply.ok) throw new Error((await reply.json()).error.message);
   for await (const part of readEvents(reply.body)) {
@@ -270,6 +272,7 @@ function finish(item, turn, told, seconds) {
   const by = `${words.answered} ${version}, ${seconds.toFixed(1)} ${words.seconds}`;
   const read = told.unknown && told.read.length ? words.read + told.read.join(", ") + ". " : "";
   note.textContent = read + by + (words[told.stopped] ? ". " + words[told.stopped] : "");
+  if (told.left_out) item.append(element("p", "note left", `${words.leftOut}${told.left_out.turns}.`));
   if (told.note) item.append(Object.assign(element("p", "note", told.note), {lang: "en"}));
   const tools = element("div", "tools");
   tools.append(thumb(turn, "up"), thumb(turn, "down"));
@@ -299,7 +302,7 @@ async function send(question) {
   try {
     for await (const part of ask(model, messages, running.signal)) take(turn, told, part, item.children[1]);
     finish(item, turn, told, (performance.now() - began) / 1000);
-    if (!fromDocuments) history = [...messages, {role: "assistant", content: turn.answer}].slice(-8);
+    if (!fromDocuments) history = [...messages, {role: "assistant", content: turn.answer}];
     say("");
   } catch (error) {
     const stopped = running.signal.aborted;

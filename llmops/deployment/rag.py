@@ -99,7 +99,7 @@ def last_question(
     return last.content
 
 
-UNUSED = ("temperature", "top_p", "seed", "stop")  # the most likely answer is given, whatever they say
+UNUSED = ("temperature", "top_p", "seed", "stop", "truncation")  # the most likely answer to the last turn is given
 
 
 def unused_fields(

@@ -42,7 +42,8 @@ def context_exceeded(
 ) -> ApiError:  # with both counts
     "A prompt is never cut: its sender gets this instead."
     message = (f"messages: the prompt has {prompt} tokens and the context holds {context}, at least one of them for "
-               "the answer; nothing was cut. Send less text, or serve with a longer context")
+               "the answer; nothing was cut. Send less text, leave the oldest turns out (truncation: auto), or serve "
+               "with a longer context")
     return ApiError(message, 400, "context_length_exceeded", "messages")
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #f1cace9d
@@ -230,6 +231,7 @@ class ChatRequest(BaseModel, strict=True, extra="allow"):
     stop: list[str] = []  # texts that end the answer
     stream: bool = False  # send the answer as it is written
     stream_options: StreamOptions = StreamOptions()  # how the stream ends
+    truncation: Literal["disabled", "auto", "summarise"] = "disabled"  # of a conversation longer than the context
     n: Literal[1] = 1  # answers
     tools: list[Tool] = []  # functions that the model may call
     tool_choice: Any = None  # none, auto, required, or one function
@@ -308,7 +310,7 @@ def parse_request(
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #7b92793f
 COMMON = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "stream",
-          "stream_options", "n"}
+          "stream_options", "n", "truncation"}
 HINTS = {"metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
          "reasoning_effort", "safety_identifier", "service_tier", "store", "user", "verbosity"}
 NEUTRAL: dict[str, Any] = {"tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "functions": [[]],

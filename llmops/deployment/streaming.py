@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Receive', 'TAIL', 'LIMITS', 'wait_for_disconnect', 'while_connected', 'StreamedAnswer', 'AnswerLimits',
-           'repeated_end', 'RepetitionWatch', 'Completion', 'completion_fields', 'token_usage', 'stop_note',
+           'repeated_end', 'RepetitionWatch', 'Completion', 'completion_fields', 'token_usage', 'answer_note',
            'sse_event', 'chat_answer', 'stream_events']
 
 # %% ../../nbs/08_deployment/03_streaming.ipynb #a3154a05
@@ -127,6 +127,7 @@ class Completion:
     tokens: int = 0  # tokens written
     finish_reason: str = "stop"  # `stop`, or `length` when a limit or the context ended it
     stopped: str = ""  # the server's own limit that ended it: `default_max_tokens` or `repetition`
+    left_out: dict[str, Any] | None = None  # of the conversation before it; None: nothing
 
 
 def completion_fields(
@@ -144,11 +145,14 @@ def token_usage(
     return {"prompt_tokens": prompt, "completion_tokens": completion.tokens, "total_tokens": prompt + completion.tokens}
 
 
-def stop_note(
+def answer_note(
     stopped: str,  # which of the server's limits ended the answer; "" for none
+    left_out: dict[str, Any] | None = None,  # of the conversation, as `history.LeftOut` says it; None: nothing
 ) -> dict[str, Any]:  # a field beside OpenAI's
-    "Say what a client cannot tell from `finish_reason`."
-    return {"llmops": {"stopped": stopped}} if stopped else {}
+    "Say what a client cannot tell from `finish_reason`, nor from the answer."
+    told: dict[str, Any] = {"stopped": stopped, "left_out": left_out}
+    told = {name: value for name, value in told.items() if value}
+    return {"llmops": told} if told else {}
 
 
 def sse_event(
@@ -169,8 +173,9 @@ async def chat_answer(
         content = "".join([piece async for piece in pieces])
     message = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason}
+    note = answer_note(completion.stopped, completion.left_out)
     return completion_fields(request) | {"object": "chat.completion", "choices": [choice],
-                                         "usage": token_usage(prompt, completion)} | stop_note(completion.stopped)
+                                         "usage": token_usage(prompt, completion)} | note
 
 # %% ../../nbs/08_deployment/03_streaming.ipynb #cf0b9209
 async def stream_events(
@@ -182,9 +187,10 @@ async def stream_events(
     "An answer in OpenAI's chunks. An engine that fails in the middle of it is told in an event of its own."
     fields = completion_fields(request) | {"object": "chat.completion.chunk"}
 
-    def chunk(delta: dict[str, str], reason: str | None = None, stopped: str = "") -> str:
+    def chunk(delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return sse_event(fields | {"choices": [choice]} | stop_note(stopped))
+        note = answer_note(completion.stopped, completion.left_out) if reason else {}
+        return sse_event(fields | {"choices": [choice]} | note)
 
     yield chunk({"role": "assistant", "content": ""})
     try:
@@ -194,7 +200,7 @@ async def stream_events(
     except ServingError as e:
         yield sse_event(ApiError(str(e), 500).body)
         return
-    yield chunk({}, completion.finish_reason, completion.stopped)
+    yield chunk({}, completion.finish_reason)
     if request.stream_options.include_usage:
         yield sse_event(fields | {"choices": [], "usage": token_usage(prompt, completion)})
     yield "data: [DONE]\n\n"

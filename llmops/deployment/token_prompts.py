@@ -67,9 +67,10 @@ def tokenize(
 def apply_template(
     client: "httpx.Client",  # of llama.cpp
     messages: list[dict[str, Any]],  # a conversation
+    more: dict[str, Any] | None = None,  # what the template also shows, such as `tools`; None: nothing
 ) -> str:  # the prompt as text
     "Render a conversation. Raises `ChatTemplateError` with the template's words when it does not take it."
-    response = client.post("/apply-template", json={"messages": messages})
+    response = client.post("/apply-template", json={"messages": messages} | (more or {}))
     if response.status_code != 200:
         words = response.json().get("error", {}).get("message", response.text)
         reason = template_reason(words) or words
