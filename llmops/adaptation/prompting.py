@@ -24,6 +24,7 @@ from ..foundation.artifacts import (
 from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import load_model
+from ..foundation.needs import Workload, about_tokens, announce_stage
 from ..foundation.project import ParamError, from_cell, seed_everything, stage_params
 from ..foundation.prompt_versions import replace_text, resolve_prompt
 from ..foundation.prompts import Task, template_places
@@ -467,6 +468,9 @@ def run_prompting(
     rows, examples = read_rows_of(cfg, asked)
     strategies = list_strategies(cfg, asked, examples)
     fingerprint = fingerprint_search(cfg, strategies, {"model": model_path(cfg.model), "data": data})
+    longest = about_tokens([row["prompt"] for row in rows], cfg.max_new_tokens + cfg.think_tokens)
+    tokens = longest * (1 + max(cfg.shots, default=0))  # each example is as long as a question
+    announce_stage("prompting", cfg.model, Workload("answer", tokens, cfg.batch_size), cfg.out)
     with explain_write_errors(cfg.out):
         work = open_search(cfg, fingerprint)
         tried = try_all(cfg, asked, rows, strategies, work / TRIED)

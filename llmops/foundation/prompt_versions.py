@@ -345,7 +345,8 @@ def print_columns(
 
 def command_line() -> argparse.ArgumentParser:  # of `llmops prompts`
     "The command line."
-    parser = argparse.ArgumentParser(prog="llmops prompts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="llmops prompts", description=__doc__,
+                                     epilog="push and pull need --registry, such as sqlite:///registry.db")
     parser.add_argument("--root", default=PROMPTS, help="the folder of the prompt files")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every prompt, its digest and its aliases")
