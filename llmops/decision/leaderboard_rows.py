@@ -37,9 +37,9 @@ VERSIONS = {  # name -> what it is, in the leaderboard's order
     f"{MERGES[0]}-gptq": "the first merge in 4 bits (GPTQ)",
     f"{MERGES[1]}-gptq": "the second merge in 4 bits (GPTQ)",
     "base-best-prompt": "the base, asked in the way that validation chose",
-    "base-constrained": "the base, its answers held to spans of the passage",
+    "base-constrained": "the base, its answers held to spans of the passage or to labels",
     f"{MERGES[0]}-best-prompt": "the first merge, asked in the way that validation chose",
-    f"{MERGES[0]}-constrained": "the first merge, its answers held to spans of the passage",
+    f"{MERGES[0]}-constrained": "the first merge, its answers held to spans of the passage or to labels",
 }
 
 # %% ../../nbs/06_decision/08_leaderboard_rows.ipynb #76d9f7e5

@@ -139,7 +139,7 @@ def candidate_row(
 @dataclass
 class Choice:
     "What was chosen, and how sure that is."
-    chosen: str  # name of the candidate; "" when none could be compared
+    chosen: str  # name of the candidate; "" when none could be compared, or none was worth what it cost
     worth: dict[str, list[float]]  # name -> US dollars of each request, of those that could be compared
     undecided: list[str]  # those that the questions cannot tell from it
     differences: dict[str, Row]  # name -> `delta`, `delta_low`, `delta_high` to the chosen one, US dollars a request
@@ -160,6 +160,8 @@ def choose_candidate(
     if not worth:
         return Choice("", {}, [], {}, None)
     best = max(worth, key=lambda name: sum(worth[name]))
+    if sum(worth[best]) <= 0:
+        return Choice("", worth, [], {}, None)
     differences = {name: named_interval("delta", paired_differences(values, worth[best], name), cfg.seed, cfg.resamples)
                    for name, values in worth.items() if name != best}
     undecided = [name for name, row in differences.items() if row["delta_high"] is None or row["delta_high"] >= 0]
@@ -178,6 +180,8 @@ def describe_decision(
 ) -> list[str]:  # sentences
     "What was decided, and what was not."
     if not choice.chosen:
+        if choice.worth:
+            return ["Nothing was chosen: no candidate's answers were worth what they cost."]
         return ["Nothing was chosen: no candidate answered every question at a known price."]
     said = [f"Chosen: {choice.chosen}. A correct answer counts {cfg.answer_value:g} USD, a second of waiting "
             f"{cfg.wait_cost:g} USD."]
