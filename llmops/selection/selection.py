@@ -101,11 +101,12 @@ def measured_columns(
     timed = [p for p in predictions if p["seconds"] > 0]
     seconds, written = [p["seconds"] for p in timed], [p["completion_tokens"] or 0 for p in timed]
     speed = summarize_latency(seconds, written) if timed else {}
-    total, cost = total_price(prices), cost_per_correct(prices, scores, seed, n)
+    known, cost = [1000 * price for price in prices if price is not None], cost_per_correct(prices, scores, seed, n)
+    price = named_interval("price_per_1000", known, seed, n) if len(known) == len(prices) else {"price_per_1000": None}
     worth = request_worth(predictions, headline, cfg)
     row = {**named_interval(headline, scores, seed, n), "p50_seconds": speed.get("p50"),
            "p95_seconds": speed.get("p95"), "tokens_per_second": speed.get("tokens_per_second"),
-           "price_per_1000": None if total is None else 1000 * total / len(prices),
+           **price,
            **{name.replace("correct", "correct_answer"): value for name, value in cost.items()},
            "over_context": sum(p["finish_reason"] == "over_context" for p in predictions),
            "empty": sum(not p["prediction"].strip() for p in predictions),
@@ -330,14 +331,16 @@ def selection_card(
 ) -> str:  # Markdown
     "The decision, its evidence, its conditions, and the losers."
     chosen = next((row for row in rows if row["name"] == choice.chosen), None)
-    conditions = "; ".join(chosen["conditions"]) if chosen and chosen["conditions"] else "none that the table knows"
+    conditions = []
+    if chosen:
+        stated = "; ".join(chosen["conditions"]) or "none that the table knows"
+        conditions = [f"Conditions of the licence of {choice.chosen}, {chosen['licence']}: {stated}.", ""]
     lines = ["# Model selection", "", *decision, "", "## How it was compared", "",
              f"{questions} questions of the {cfg.split} split of {cfg.data}, asked one at a time, answers of at most "
              f"{cfg.max_new_tokens} tokens. This machine costs {cfg.price_per_hour:g} USD an hour and works "
              f"{cfg.busy:.0%} of it. Intended use: {cfg.use}. Undecided means that the paired 95% interval of what "
              "requests were worth includes zero.", "", "## Compared", "", table_text(selection_table(rows, asked)), "",
-             f"Conditions of the licence of what was chosen: {conditions}.", "", "## Not compared", "",
-             table_text(refused_table(rows)), ""]
+             *conditions, "## Not compared", "", table_text(refused_table(rows)), ""]
     return "\n".join(lines)
 
 
@@ -357,6 +360,7 @@ def plot_selection(
         color = "C1" if row["name"] == choice.chosen else "C0"
         if low is not None:
             ax.plot([x, x], [low, high], color=color, alpha=0.5)
+            ax.plot([row["price_per_1000_low"], row["price_per_1000_high"]], [y, y], color=color, alpha=0.5)
         ax.plot(x, y, "o", color=color, markerfacecolor="none" if beaten else color)
         ax.annotate(row["name"], (x, y), xytext=(6, 4), textcoords="offset points")
     ax.set(xlabel="USD per 1,000 requests", ylabel=f"{headline}, 95% interval")
