@@ -24,13 +24,12 @@ from llmops.adaptation.alignment import (
     AlignmentParams,
     AlignmentResult,
     check_reference,
+    compare_pairs,
     encode_pairs,
     forward_pairs,
     open_policy,
     resolve_inputs,
     run_alignment,
-    score_pairs,
-    token_kl,
 )
 from llmops.adaptation.finetuning import FinetuningError
 from llmops.adaptation.preference_losses import PairScores, odds_ratio_loss, preference_loss
@@ -169,7 +168,7 @@ def test_orpo_is_that_of_trl() -> None:
 
 def test_the_kl_is_that_of_whole_distributions(policy: Any, groups: Any) -> None:
     with torch.no_grad():
-        fast = token_kl(policy, score_pairs(policy, groups))
+        _, fast = compare_pairs(policy, groups)
         plain = []
         for group in groups:
             for answer in group.answers:
@@ -215,7 +214,9 @@ def test_it_can_be_merged_and_evaluated(plain: tuple[Path, AlignmentResult, str]
     asked = {"questions": 2, "max_new_tokens": 2, "kl_questions": 0, "perplexity_texts": 1, "speed_prompts": 1}
     cfg = MetricsParams(**asked, model=str(out), out=str(tmp_path / "evaluation"), wandb="disabled")  # type: ignore[arg-type]
     assert len(run_metrics(cfg).predictions) == 2
-    merging = MergingParams(adapter=str(out), method="base", check_rows=1, out=str(tmp_path / "merged"), wandb="disabled")
+    merging = MergingParams(
+        adapter=str(out), method="base", check_rows=1, out=str(tmp_path / "merged"), wandb="disabled"
+    )
     assert run_merging(merging).metrics["check_difference"] < 1e-2
 
 
@@ -276,7 +277,10 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_weights(tmp_p
     with nan_at(3):
         result, _ = aligned(tmp_path / "broken")
     assert result.metrics["steps"] == 2
-    assert "the loss is nan after step 3; the weights of step 2 are kept, and lower learning_rate" in result.metrics["stopped"]
+    assert (
+        "the loss is nan after step 3; the weights of step 2 are kept, and lower learning_rate"
+        in result.metrics["stopped"]
+    )
     model, _ = load_model(tmp_path / "broken")
     assert all(torch.isfinite(p).all() for p in model.parameters())
     with nan_at(1), pytest.raises(AlignmentError, match="the loss is nan after step 1, and no checkpoint was good"):

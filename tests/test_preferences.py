@@ -97,7 +97,9 @@ def test_rows_have_the_fields_that_trainers_read(every: tuple[Path, PreferencesR
     assert set(result.metrics["source"]) == {"samples", "contrastive", "votes", "file"}
     assert result.metrics["source"]["votes"] == 3
     votes = [row for row in result.pairs["train"] if row["source"] == "votes"]
-    assert {row["rejected"] for row in votes} == {"no idea, sorry"} and all(row["answerable"] is not None for row in votes)
+    assert {row["rejected"] for row in votes} == {"no idea, sorry"} and all(
+        row["answerable"] is not None for row in votes
+    )
 
 
 def test_only_training_questions_and_no_test_prompt(every: tuple[Path, PreferencesResult, str]) -> None:

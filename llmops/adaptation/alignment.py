@@ -6,11 +6,11 @@
 __all__ = ['KIND', 'ALIGNED', 'TUNED', 'AlignmentParams', 'AlignmentError', 'AlignmentInputs', 'resolve_inputs', 'Policy',
            'switch_on', 'adapter_config', 'open_policy', 'trained_method', 'score_pairs', 'check_reference',
            'choose_pairs', 'encode_pairs', 'with_foreign_answer', 'pair_scores', 'forward_pairs', 'pair_figures',
-           'train_step', 'token_kl', 'validate_pairs', 'show_answers', 'State', 'Trainer', 'make_trainer',
+           'train_step', 'compare_pairs', 'validate_pairs', 'show_answers', 'State', 'Trainer', 'make_trainer',
            'save_checkpoint', 'load_checkpoint', 'step_groups', 'take_step', 'look', 'stop_at', 'train_policy',
            'one_adapter', 'AlignmentResult', 'summarize_alignment', 'run_alignment', 'plot_alignment']
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #3ff1da4f
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #00e3089c
 import json
 import math
 import random
@@ -27,9 +27,9 @@ from pydantic import Field
 from .cpu_training import use_matmul_attention, use_quick_lora
 from .finetuning import (
     check_lengths, fingerprint_run, grouped_order, open_work, save_adapter, target_modules)
-from .preference_losses import (
+from llmops.adaptation.preference_losses import (
     AnswerBatch, Group, Loss, PairScores, Scored, answer_batch, encode_pair, longest_shared, preference_loss,
-    score_answers, scored_at, shares_prompt)
+    score_answers, shares_prompt)
 from .preferences import Source, preferences_path, read_preferences
 from ..foundation.artifacts import seal
 from ..foundation.checkpoints import model_kind, model_path, recorded_base
@@ -358,22 +358,20 @@ def train_step(
         figures = {name: figures.get(name, 0.0) + value for name, value in means.items()}
     return figures
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #f83380b4
-def token_kl(
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #27e02749
+def compare_pairs(
     policy: Policy,  # who is trained
-    batch: AnswerBatch,  # answers
-) -> "torch.Tensor":  # [answer tokens], nats
-    "KL divergence of the policy from the reference, where answer tokens are predicted."
-    known = []
-    for reference in (False, True):
-        if reference:
-            with policy.reference(), scored_at(policy.model, batch.rows, batch.columns):
-                logits = policy.model(**batch.inputs, use_cache=False).logits[0]
-        else:
-            with scored_at(policy.model, batch.rows, batch.columns):
-                logits = policy.model(**batch.inputs, use_cache=False).logits[0]
-        known.append(logits.float().log_softmax(-1))
-    return (known[0].exp() * (known[0] - known[1])).sum(-1)
+    groups: Sequence[Group],  # pairs
+    kto: bool = False,  # with the answers that KTO's point of reference is estimated from
+) -> tuple[PairScores, "torch.Tensor"]:  # by both; [answer tokens] KL of the policy from the reference, nats
+    "Score pairs by policy and reference, and compare their whole distributions where answer tokens are predicted."
+    batch = score_pairs(policy, with_foreign_answer(groups) if kto else groups)
+    own = score_answers(policy.model, batch, whole=True)
+    with policy.reference():
+        reference = score_answers(policy.model, batch, whole=True)
+    assert own.whole is not None and reference.whole is not None
+    kl = (own.whole.exp() * (own.whole - reference.whole)).sum(-1)
+    return pair_scores(own, reference.sums, kto), kl
 
 
 def validate_pairs(
@@ -390,8 +388,7 @@ def validate_pairs(
         for start in range(0, len(order), cfg.micro_batch_size):
             part = [groups[i] for i in order[start:start + cfg.micro_batch_size]]
             part = part if len(part) > 1 or cfg.loss != "kto" else [*part, groups[order[0]]]
-            scores, _ = forward_pairs(policy, part, cfg.loss)
-            kl = token_kl(policy, score_pairs(policy, part))
+            scores, kl = compare_pairs(policy, part, cfg.loss == "kto")
             tokens += len(kl)
             means = {name: float(value.sum()) for name, value in pair_figures(scores, cfg.beta).items()}
             means |= {"loss": float(preference_loss(scores, cfg.loss, cfg.beta, cfg.sft_weight)) * len(part),

@@ -137,7 +137,7 @@ def answer_batch(
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     return AnswerBatch(moved, rows, before, targets, owners, counts.to(model.device))
 
-# %% ../../nbs/02_adaptation/12_preference_losses.ipynb #4a767295
+# %% ../../nbs/02_adaptation/12_preference_losses.ipynb #57816c9f
 @contextmanager
 def scored_at(
     model: Any,  # a causal LM, or a peft model
@@ -162,12 +162,14 @@ class Scored:
     sums: "torch.Tensor"  # [answers] of each whole answer
     counts: "torch.Tensor"  # [answers] tokens of each
     entropy: "torch.Tensor | None" = None  # [tokens] of the model's distribution, without gradient, in nats
+    whole: "torch.Tensor | None" = None  # [tokens, vocabulary] the distribution itself, as log-probabilities
 
 
 def score_answers(
     model: Any,  # a causal LM, or a peft model
     batch: AnswerBatch,  # of `answer_batch`
     entropy: bool = False,  # also that of the distributions
+    whole: bool = False,  # also the distributions themselves
 ) -> Scored:
     "The log-probability of every answer token."
     import torch
@@ -176,11 +178,9 @@ def score_answers(
         logits = model(**batch.inputs, use_cache=False).logits[0].float()
     tokens = -cross_entropy(logits, batch.targets, reduction="none")
     sums = torch.zeros(len(batch.counts), device=tokens.device).index_add(0, batch.owners, tokens)
-    spread = None
-    if entropy:
-        known = logits.detach().log_softmax(-1)
-        spread = -(known.exp() * known).sum(-1)
-    return Scored(tokens, sums, batch.counts, spread)
+    known = logits.detach().log_softmax(-1) if entropy or whole else None
+    spread = -(known.exp() * known).sum(-1) if entropy and known is not None else None
+    return Scored(tokens, sums, batch.counts, spread, known if whole else None)
 
 # %% ../../nbs/02_adaptation/12_preference_losses.ipynb #bd5e6ac7
 def longest_shared(

@@ -35,7 +35,7 @@ __all__ = ['RESULTS', 'FIGURES', 'refusal_figures', 'refusal_logprobs', 'refusal
            'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'reward_figures', 'figure_rows', 'describe_dpo',
            'main']
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #83793ca4
+# %% ../../nbs/11_studies/16_alignment.ipynb #d36b2774
 def refusal_figures(
     predictions: Sequence[Row],  # scored answers with `f1`, `answerable` and `refused`
 ) -> dict[str, float]:  # f1, f1_answerable, hallucination, false_refusals
@@ -43,8 +43,8 @@ def refusal_figures(
     answerable = [p for p in predictions if p["answerable"]]
     others = [p for p in predictions if not p["answerable"]]
     if not answerable or not others:
-        raise EvaluationError(f"alignment: of {len(predictions)} questions {len(others)} cannot be answered; the figures "
-                              "need questions of both kinds")
+        raise EvaluationError(f"alignment: of {len(predictions)} questions {len(others)} cannot be answered; the "
+                              "figures need questions of both kinds")
     return {"f1": sum(p["f1"] for p in predictions) / len(predictions),
             "f1_answerable": sum(p["f1"] for p in answerable) / len(answerable),
             "hallucination": sum(not p["refused"] for p in others) / len(others),
@@ -140,7 +140,7 @@ def paired_delta(
     values = bootstrap_interval([a - b for a, b in zip(one, two, strict=True)], seed)
     return dict(zip((f"{name}_delta", f"{name}_delta_low", f"{name}_delta_high"), values, strict=True))
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #ac38bdef
+# %% ../../nbs/11_studies/16_alignment.ipynb #1059b17c
 def arm_figures(
     evaluations: Sequence[Evaluated],  # one per seed
     scores: Sequence[Sequence[float]],  # of `refusal_scores`, one list per seed
@@ -152,7 +152,8 @@ def arm_figures(
         unanswerable = [not p["answerable"] for p in evaluated.predictions]
         seeds.append({**refusal_figures(evaluated.predictions), "auroc_refusal": roc_auc(list(values), unanswerable),
                       "version": evaluated.version})
-    means: dict[str, Any] = {name: sum(s[name] for s in seeds) / len(seeds) for name in seeds[0] if name != "version"}
+    names = [name for name in seeds[0] if name != "version"]
+    means: dict[str, Any] = {name: sum(s[name] for s in seeds) / len(seeds) for name in names}
     arm = [evaluated.predictions for evaluated in evaluations]
     threshold = matched_threshold(free_curve(sft.predictions), means["hallucination"])
     free = [refuse_below(sft.predictions, threshold)]
@@ -238,7 +239,7 @@ def compare_with_trl(
     return {"pairs": len(rows), "own_seconds": seconds, "trl_seconds": stock, "speedup": stock / seconds,
             "own_loss": own, "trl_loss": theirs}
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #5b7bdbad
+# %% ../../nbs/11_studies/16_alignment.ipynb #e1377e65
 RESULTS = "nbs/results/alignment.json"
 FIGURES = ("f1", "f1_answerable", "hallucination", "false_refusals", "auroc_refusal")
 
@@ -254,7 +255,8 @@ def read_arms(
             raise EvaluationError(f"alignment: {text!r} is no arm; write NAME=FOLDER[,FOLDER...]")
         arms[name] = [read_evaluation(folder) for folder in folders.split(",")]
     if "sft" not in arms:
-        raise EvaluationError("alignment: name the fine-tuned model's evaluation, sft=runs/evaluation/qlora-merged-base")
+        raise EvaluationError("alignment: name the fine-tuned model's evaluation, "
+                              "sft=runs/evaluation/qlora-merged-base")
     check_protocols([evaluated for several in arms.values() for evaluated in several])
     return arms
 
@@ -280,7 +282,7 @@ def measure_arms(
                             "auroc_refusal": results["sft"]["auroc_refusal"], "curve": free_curve(sft.predictions)}
     return results
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #e81ef82d
+# %% ../../nbs/11_studies/16_alignment.ipynb #c8b93f9c
 def reward_figures(
     folder: str,  # a reward model's artifact
 ) -> dict[str, Any]:  # its metrics
@@ -322,9 +324,10 @@ def describe_dpo(
     clear = "clear of zero" if dpo["hallucination_delta_high"] < 0 else "not clear of zero"
     above = dpo["f1_answerable_free_delta_low"] > 0
     verdict = ("It answers more than a free threshold does at the same share of made-up answers." if above else
-               "At the same share of made-up answers it answers no more than a free threshold: it learned to refuse, not when.")
-    return (f"Made-up answers: {sft['hallucination']:.2f} before, {dpo['hallucination']:.2f} after ({change:.0%} fewer, "
-            f"{clear}, {len(dpo['seeds'])} seeds). AUROC of the refusal: {sft['auroc_refusal']:.2f} before, "
+               "At the same share of made-up answers it answers no more than a free threshold: it learned to refuse, "
+               "not when.")
+    return (f"Made-up answers: {sft['hallucination']:.2f} before, {dpo['hallucination']:.2f} after ({change:.0%} "
+            f"fewer, {clear}, {len(dpo['seeds'])} seeds). AUROC of the refusal: {sft['auroc_refusal']:.2f} before, "
             f"{dpo['auroc_refusal']:.2f} after. {verdict}")
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #c4333ca6
