@@ -165,7 +165,7 @@ def switch_on(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{ALIGNED}." in name)
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #b979668d
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #836e7e37
 def adapter_config(
     cfg: AlignmentParams,  # rank, alpha, dropout, targets
     model: Any,  # the model, or peft's model of a fine-tuned adapter
@@ -206,7 +206,7 @@ def open_policy(
             parameter.data = parameter.data.float()
     policy = Policy(model, tokenizer, stacked, trained_method(place) if stacked else "lora")
     switch_on(model, policy.adapters)
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or stacked):  # of two adapters both passes have to add up alike
         use_quick_lora(model)
     return policy
 
@@ -218,7 +218,7 @@ def trained_method(
     file = place / "training.json"
     return json.loads(file.read_text(encoding="utf-8"))["method"] if file.is_file() else "lora"
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #7d7a9759
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #9ed4b017
 def score_pairs(
     policy: Policy,  # who scores
     groups: Sequence[Group],  # prompts with answers
@@ -243,7 +243,7 @@ def check_reference(
             reference = score_answers(policy.model, batch).sums
     policy.model.train(training)
     difference = float((own - reference).abs().max())
-    if not difference <= 1e-3:
+    if not difference <= (1e-3 if policy.model.dtype == torch.float32 else 0.05):  # what rounding may do
         raise AlignmentError("reference: before the first step the policy differs from the reference by "
                              f"{difference:.3f} nats; the adapter that is trained has to begin at zero")
     return difference

@@ -195,7 +195,7 @@ def train_reward(
             if trainer.state.step % cfg.save_every == 0 or trainer.state.step == trainer.steps:
                 save_checkpoint(trainer, folder)
 
-# %% ../../nbs/02_adaptation/14_reward_model.ipynb #1fff1c96
+# %% ../../nbs/02_adaptation/14_reward_model.ipynb #a83e23af
 def read_states(
     policy: Policy,  # the model that is read
     groups: Sequence[Group],  # pairs
@@ -218,14 +218,21 @@ def fit_head(
 ) -> "np.ndarray":  # [width] the head's weights
     "The head that gives the better answer of a pair the higher number."
     import numpy as np
-    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold, cross_val_score
     scale = states.std(axis=0) + 1e-6
     difference = (states[0::2] - states[1::2]) / scale
-    both, labels = np.concatenate([difference, -difference]), np.repeat([1, 0], len(difference))
-    order = np.arange(2 * len(difference)).reshape(2, -1).T.ravel()  # a pair and its mirror image side by side
-    folds = min(4, len(difference))
-    model = LogisticRegressionCV(Cs=np.logspace(-4, 1, 6), cv=folds, fit_intercept=False, max_iter=2000)
-    model.fit(both[order], labels[order])
+    number = len(difference)
+    both, labels = np.concatenate([difference, -difference]), np.repeat([1, 0], number)
+    groups = np.arange(2 * number) % number
+
+    def model_of(c: float) -> Any:
+        return LogisticRegression(C=c, fit_intercept=False, max_iter=2000)
+
+    folds = GroupKFold(min(4, number))  # a pair and its mirror image stay together
+    fit = {c: cross_val_score(model_of(c), both, labels, groups=groups, cv=folds, scoring="neg_log_loss").mean()
+           for c in np.logspace(-4, 1, 6)}
+    model = model_of(max(fit, key=lambda c: fit[c])).fit(both, labels)
     return (model.coef_[0] / scale).astype("float32")
 
 # %% ../../nbs/02_adaptation/14_reward_model.ipynb #97975dda

@@ -140,12 +140,12 @@ def paired_delta(
     values = bootstrap_interval([a - b for a, b in zip(one, two, strict=True)], seed)
     return dict(zip((f"{name}_delta", f"{name}_delta_low", f"{name}_delta_high"), values, strict=True))
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #1059b17c
+# %% ../../nbs/11_studies/16_alignment.ipynb #d98790f8
 def arm_figures(
     evaluations: Sequence[Evaluated],  # one per seed
     scores: Sequence[Sequence[float]],  # of `refusal_scores`, one list per seed
     sft: Evaluated,  # the fine-tuned model
-) -> dict[str, Any]:  # means over seeds, differences to sft and to the free curve, and each seed's figures under `seeds`
+) -> dict[str, Any]:  # means over seeds, differences to sft and to the free curve, and `seeds`: the figures of each
     "What an arm came to."
     seeds = []
     for evaluated, values in zip(evaluations, scores, strict=True):
