@@ -6,13 +6,22 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from llmops.adaptation import policy_gradient, reward_model
-from llmops.adaptation.alignment import AlignmentError
-from llmops.adaptation.policy_gradient import PolicyParams, PolicyResult, run_policy_gradient
+from llmops.adaptation.alignment import AlignmentError, open_policy, score_pairs
+from llmops.adaptation.policy_gradient import (
+    PolicyParams,
+    PolicyResult,
+    answer_questions,
+    learn_from,
+    run_policy_gradient,
+)
+from llmops.adaptation.preference_losses import score_answers
 from llmops.adaptation.preferences import read_preferences
 from llmops.adaptation.reward_model import RewardModel, RewardParams, RewardResult, run_reward_model
 from llmops.foundation.artifacts import lineage, seal, verify
+from llmops.foundation.checkpoints import model_path
 from llmops.foundation.models import load_model
 from llmops.foundation.project import ParamError
 from llmops.foundation.reading import DataError
@@ -104,10 +113,25 @@ def test_rewards_and_controls_run_and_are_watched(reward: tuple[Path, RewardResu
     assert list(model.peft_config) == ["default"]
 
 
-def test_the_length_reward_shortens_answers(tmp_path: Path) -> None:
-    result, _ = learned(tmp_path / "short", steps=8, learning_rate=0.03, group_size=6, max_new_tokens=6, eval_every=8)
-    rewards = [row["reward"] for row in result.history if "reward" in row]
-    assert sum(rewards[-3:]) > sum(rewards[:3])
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_a_step_raises_what_was_rewarded(method: str) -> None:
+    cfg = PolicyParams(**POLICY | {"method": method})  # type: ignore[arg-type]
+    policy = open_policy(policy_gradient.training_params(cfg), model_path("tiny:llama"))
+    policy.model.eval()
+    torch.manual_seed(0)
+    rows = read_preferences("tiny:preferences", "samples")[:2]
+    groups, texts = answer_questions(cfg, policy, rows)
+    assert [len(group.answers) for group in groups] == [len(answers) for answers in texts] == [3, 3]
+    figures = learn_from(cfg, policy, groups, [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert figures["reward"] == pytest.approx(1 / 3) and figures["equal_groups"] == 0.0
+    with torch.no_grad():
+        batch = score_pairs(policy, groups)
+        before = score_answers(policy.model, batch).sums
+        for parameter in policy.model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.2 * parameter.grad / parameter.grad.norm().clamp(min=1e-9)
+        gain = score_answers(policy.model, batch).sums - before
+    assert min(gain[0], gain[5]) > 0 and float(gain[[0, 5]].mean()) > float(gain[[1, 2, 3, 4]].mean())
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def train_step(
         figures = {name: figures.get(name, 0.0) + value for name, value in means.items()}
     return figures
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #27e02749
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #c516f6e0
 def compare_pairs(
     policy: Policy,  # who is trained
     groups: Sequence[Group],  # pairs
@@ -394,8 +394,8 @@ def validate_pairs(
             means |= {"loss": float(preference_loss(scores, cfg.loss, cfg.beta, cfg.sft_weight)) * len(part),
                       "pairs": len(part), "kl": float(kl.sum())}
             totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
-    kl, pairs = totals.pop("kl"), totals.pop("pairs")
-    return {f"valid_{name}": value / pairs for name, value in totals.items()} | {"kl": kl / tokens}
+    total, pairs = totals.pop("kl"), totals.pop("pairs")
+    return {f"valid_{name}": value / pairs for name, value in totals.items()} | {"kl": total / tokens}
 
 
 def show_answers(
@@ -593,23 +593,23 @@ def train_policy(
                                    f"{step}, over kl_budget {cfg.kl_budget:g}", "lower learning_rate or raise beta")
                 save_checkpoint(trainer, folder)
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #fbd755cc
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #080099f6
 def one_adapter(
     policy: Policy,  # trained
 ) -> Any:  # peft's model with one adapter, named as usual
     """What is written: the new adapter, or, over a fine-tuned one, both as one of the sum of their ranks.
     That is exact: the update of two adapters is the product of their matrices side by side."""
-    model = policy.model
-    model.base_model.add_weighted_adapter(policy.adapters, [1.0] * len(policy.adapters), "joined",
-                                          combination_type="cat")
+    model, tuner = policy.model, policy.model.base_model
+    tuner.add_weighted_adapter(policy.adapters, [1.0] * len(policy.adapters), "joined", combination_type="cat")
+    tuner.set_adapter(["joined"], inference_mode=True)
     for name in policy.adapters:
         model.delete_adapter(name)
-    model.base_model.add_weighted_adapter(["joined"], [1.0], TUNED, combination_type="cat")
+    tuner.add_weighted_adapter(["joined"], [1.0], TUNED, combination_type="cat")
+    tuner.set_adapter([TUNED], inference_mode=True)
     model.delete_adapter("joined")
-    model.base_model.set_adapter([TUNED], inference_mode=True)
     return model
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #c2d2643d
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #30b49e17
 @dataclass
 class AlignmentResult:
     "What alignment made."
@@ -641,12 +641,12 @@ def run_alignment(
     "Align a model, and write the adapter into the working folder. Raises `AlignmentError` when nothing good came."
     quiet_transformers()
     inputs = resolve_inputs(cfg)
-    load = Workload("lora", cfg.max_length, cfg.micro_batch_size, cfg.rank)
-    announce_stage("alignment", inputs.model, load, cfg.out)
     rows, valid_rows = choose_pairs(cfg, inputs.preferences)
     policy = open_policy(cfg, inputs.model)
     _, train = encode_pairs(cfg, policy, rows, "train")
     valid = encode_pairs(cfg, policy, valid_rows, "valid")
+    load = Workload("lora", max(map(len, train)), cfg.micro_batch_size, cfg.rank)
+    announce_stage("alignment", inputs.model, load, cfg.out)
     policy.packed = shares_prompt(policy.model, train[0], policy.tokenizer.pad_token_id)
     if not policy.packed:
         print("this architecture cannot share a prompt's pass between answers: each answer reads it again")

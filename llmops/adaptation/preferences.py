@@ -453,7 +453,7 @@ def feedback_of(
     "The judge that the parameters name."
     return Feedback(cfg.judge_url, cfg.judge_model, cfg.judge_key_env, cfg.min_kappa, cfg.seed)
 
-# %% ../../nbs/02_adaptation/11_preferences.ipynb #3e94b408
+# %% ../../nbs/02_adaptation/11_preferences.ipynb #7def987a
 def gather_given(
     cfg: PreferencesParams,  # study and file
     rows: dict[str, list[Row]],  # split -> questions
@@ -464,7 +464,9 @@ def gather_given(
     if "votes" in cfg.sources:
         pairs, gathered.notes["votes_without_majority"] = vote_pairs(cfg.study, cfg.invalid)
         given += pairs
-        gathered.inputs |= {"study": cfg.study, "votes": votes_folder(cfg.study) / "votes.jsonl"}
+        gathered.inputs["study"] = cfg.study
+        if (log := votes_folder(cfg.study) / "votes.jsonl").is_file():
+            gathered.inputs["votes"] = log
     if "file" in cfg.sources:
         read, bad = read_pairs(cfg.file, cfg.invalid)
         given += [make_pair(row["prompt"], row["chosen"], row["rejected"], "file", where=row["where"]) for row in read]

@@ -50,7 +50,7 @@ def refusal_figures(
             "hallucination": sum(not p["refused"] for p in others) / len(others),
             "false_refusals": sum(p["refused"] for p in answerable) / len(answerable)}
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #0431a5c9
+# %% ../../nbs/11_studies/16_alignment.ipynb #b3c33f08
 def refusal_logprobs(
     model: Any,  # a causal LM
     tokenizer: Any,  # its tokenizer
@@ -81,7 +81,8 @@ def refusal_scores(
 
     def score(part: Sequence[Any]) -> list[Any]:
         loaded[:] = loaded or [*load_model(evaluated.model)]
-        return refusal_logprobs(*loaded, [{"prompt": prompt} for prompt in part], refusal)
+        model, tokenizer = loaded
+        return refusal_logprobs(model, tokenizer, [{"prompt": prompt} for prompt in part], refusal)
 
     return cached_answers("refusal", input_digest(evaluated.model), prompts, score, refusal)
 
@@ -140,16 +141,16 @@ def paired_delta(
     values = bootstrap_interval([a - b for a, b in zip(one, two, strict=True)], seed)
     return dict(zip((f"{name}_delta", f"{name}_delta_low", f"{name}_delta_high"), values, strict=True))
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #d98790f8
+# %% ../../nbs/11_studies/16_alignment.ipynb #82ace9c6
 def arm_figures(
     evaluations: Sequence[Evaluated],  # one per seed
     scores: Sequence[Sequence[float]],  # of `refusal_scores`, one list per seed
     sft: Evaluated,  # the fine-tuned model
 ) -> dict[str, Any]:  # means over seeds, differences to sft and to the free curve, and `seeds`: the figures of each
     "What an arm came to."
-    seeds = []
+    seeds: list[dict[str, Any]] = []
     for evaluated, values in zip(evaluations, scores, strict=True):
-        unanswerable = [not p["answerable"] for p in evaluated.predictions]
+        unanswerable = [not bool(p["answerable"]) for p in evaluated.predictions]
         seeds.append({**refusal_figures(evaluated.predictions), "auroc_refusal": roc_auc(list(values), unanswerable),
                       "version": evaluated.version})
     names = [name for name in seeds[0] if name != "version"]
@@ -162,7 +163,7 @@ def arm_figures(
     means |= {name.replace("f1_", "f1_answerable_free_"): value for name, value in against.items()}
     return means | {"matched_threshold": threshold, "free": refusal_figures(free[0]), "seeds": seeds}
 
-# %% ../../nbs/11_studies/16_alignment.ipynb #e7889e50
+# %% ../../nbs/11_studies/16_alignment.ipynb #ccdeb779
 def shake_adapter(
     model: Any,  # a peft model
     name: str,  # of the adapter
@@ -215,11 +216,12 @@ def time_trl(
     groups = [encode_pair(tokenizer, pair) for pair in pairs]
     rows = [{"prompt_ids": g.prompt, "chosen_ids": g.answers[0], "rejected_ids": g.answers[1]} for g in groups]
     collate, losses, start = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id), list[float](), 0.0
-    trainer.model.train()
+    policy: Any = trainer.model
+    policy.train()
     for n in range(-cfg.micro_batch_size, len(rows), cfg.micro_batch_size):
         batch = collate(rows[max(0, n):max(0, n) + cfg.micro_batch_size])
         start = time.perf_counter() if n == 0 else start
-        loss = trainer.compute_loss(trainer.model, batch)
+        loss = trainer.compute_loss(policy, batch)
         loss.backward()
         losses += [float(loss.detach())] * (n >= 0)
     return sum(losses) / len(losses), time.perf_counter() - start
