@@ -46,12 +46,12 @@ def tiny_strategies() -> str:
 
 
 def tiny_pairs() -> str:
-    "A file of preferences about a training question."
+    "A file with a pair about a training question, which stands there twice."
     from llmops.foundation.datasets import read_split
     from llmops.foundation.reading import write_jsonl
 
     file, row = ROOT / "runs/.tiny/pairs.jsonl", read_split("tiny:data", "train")[0]
-    write_jsonl(file, [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "no idea"}])
+    write_jsonl(file, [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "no idea"}] * 2)
     return str(file)
 
 

@@ -11,15 +11,15 @@ import torch
 from llmops.adaptation import policy_gradient, reward_model
 from llmops.adaptation.alignment import AlignmentError, open_policy, score_pairs
 from llmops.adaptation.policy_gradient import (
-    PolicyParams,
-    PolicyResult,
+    PolicyGradientParams,
+    PolicyGradientResult,
     answer_questions,
     learn_from,
     run_policy_gradient,
 )
 from llmops.adaptation.preference_losses import score_answers
 from llmops.adaptation.preferences import read_preferences
-from llmops.adaptation.reward_model import RewardModel, RewardParams, RewardResult, run_reward_model
+from llmops.adaptation.reward_model import RewardModel, RewardModelParams, RewardModelResult, run_reward_model
 from llmops.foundation.artifacts import lineage, seal, verify
 from llmops.foundation.checkpoints import model_path
 from llmops.foundation.models import load_model
@@ -34,27 +34,29 @@ POLICY = {"rank": 4, "alpha": 8, "learning_rate": 0.01, "steps": 3, "group_size"
           "wandb": "disabled"}  # fmt: skip
 
 
-def rewarded(out: Path, **params: object) -> tuple[RewardResult, str]:
-    cfg = RewardParams(**{**REWARD, **params, "out": str(out)})  # type: ignore[arg-type]
+def rewarded(out: Path, **params: object) -> tuple[RewardModelResult, str]:
+    cfg = RewardModelParams(**{**REWARD, **params, "out": str(out)})  # type: ignore[arg-type]
     result = run_reward_model(cfg)
     kind, stage = reward_model.KIND, "llmops.adaptation.reward_model"
     return result, seal(result.work, cfg.out, kind, stage, cfg, result.inputs, result.metrics)["digest"]
 
 
-def learned(out: Path, **params: object) -> tuple[PolicyResult, str]:
-    cfg = PolicyParams(**{**POLICY, **params, "out": str(out)})  # type: ignore[arg-type]
+def learned(out: Path, **params: object) -> tuple[PolicyGradientResult, str]:
+    cfg = PolicyGradientParams(**{**POLICY, **params, "out": str(out)})  # type: ignore[arg-type]
     result = run_policy_gradient(cfg)
     kind, stage = policy_gradient.KIND, "llmops.adaptation.policy_gradient"
     return result, seal(result.work, cfg.out, kind, stage, cfg, result.inputs, result.metrics)["digest"]
 
 
 @pytest.fixture(scope="module")
-def reward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RewardResult, str]:
+def reward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RewardModelResult, str]:
     out = tmp_path_factory.mktemp("reward") / "made"
     return out, *rewarded(out)
 
 
-def test_a_reward_model_is_held_against_what_needs_no_understanding(reward: tuple[Path, RewardResult, str]) -> None:
+def test_a_reward_model_is_held_against_what_needs_no_understanding(
+    reward: tuple[Path, RewardModelResult, str],
+) -> None:
     out, result, _ = reward
     verify(out)
     figures = result.metrics
@@ -65,7 +67,7 @@ def test_a_reward_model_is_held_against_what_needs_no_understanding(reward: tupl
     assert sum(row["answers"] for row in result.calibration["table"]) == figures["held_out_pairs"]
 
 
-def test_it_scores_the_same_when_it_is_read_again(reward: tuple[Path, RewardResult, str]) -> None:
+def test_it_scores_the_same_when_it_is_read_again(reward: tuple[Path, RewardModelResult, str]) -> None:
     out, result, _ = reward
     model, pairs = RewardModel(out), read_preferences("tiny:preferences", "valid")
     scores = model.score([p["prompt"] for p in pairs], [[p["chosen"], p["rejected"]] for p in pairs])
@@ -81,7 +83,7 @@ def test_a_head_on_frozen_states_has_no_adapter(tmp_path: Path) -> None:
 
 
 def test_a_reward_model_that_is_stopped_goes_on_to_the_same_bytes(
-    reward: tuple[Path, RewardResult, str], tmp_path: Path
+    reward: tuple[Path, RewardModelResult, str], tmp_path: Path
 ) -> None:
     real, steps = reward_model.reward_step, []
 
@@ -98,7 +100,7 @@ def test_a_reward_model_that_is_stopped_goes_on_to_the_same_bytes(
     assert steps == [0, 1, 2, 3, 2, 3] and digest == reward[2]
 
 
-def test_rewards_and_controls_run_and_are_watched(reward: tuple[Path, RewardResult, str], tmp_path: Path) -> None:
+def test_rewards_and_controls_run_and_are_watched(reward: tuple[Path, RewardModelResult, str], tmp_path: Path) -> None:
     for name in ("random", "reward_model"):
         told = {"reward": name, "reward_model": str(reward[0]) if name == "reward_model" else ""}
         result, _ = learned(tmp_path / name, method="rloo", **told)
@@ -115,7 +117,7 @@ def test_rewards_and_controls_run_and_are_watched(reward: tuple[Path, RewardResu
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_a_step_raises_what_was_rewarded(method: str) -> None:
-    cfg = PolicyParams(**POLICY | {"method": method})  # type: ignore[arg-type]
+    cfg = PolicyGradientParams(**POLICY | {"method": method})  # type: ignore[arg-type]
     policy = open_policy(policy_gradient.training_params(cfg), model_path("tiny:llama"))
     policy.model.eval()
     torch.manual_seed(0)
@@ -167,7 +169,7 @@ def test_a_judge_that_people_do_not_agree_with_gives_no_reward(tmp_path: Path) -
     with pytest.raises(EvaluationError, match="the judge nobody .* gave no verdict"):
         learned(tmp_path / "x", reward="judge", judge_url="http://127.0.0.1:9/v1", judge_model="nobody")
     with pytest.raises(ParamError, match="nothing says which"):
-        PolicyParams(reward="reward_model")
+        PolicyGradientParams(reward="reward_model")
     assert not (tmp_path / "x").exists()
 
 

@@ -309,7 +309,7 @@ def overlap_reasons(
             found[pair["id"]] = given[0]
     return found
 
-# %% ../../nbs/02_adaptation/11_preferences.ipynb #034a20a8
+# %% ../../nbs/02_adaptation/11_preferences.ipynb #2c816e80
 GIVEN = ("votes", "file")  # sources that other people wrote: a fault in them is theirs to know
 
 
@@ -321,7 +321,7 @@ def refuse_pair(
 ) -> None:
     "Raise `DataError` for a fault that is to stop the stage."
     place = pair.get("where", f"pair {pair['id']}")
-    if fault == "overlap" and cfg.overlap == "error":
+    if cfg.overlap == "error" and fault == "overlap":
         raise DataError(f"{place}: the prompt is evaluated on: {reason}; take it out, or set overlap: drop")
     if fault in ("empty", "tie") and pair["source"] in GIVEN and cfg.invalid == "error":
         raise DataError(f"{place}: {reason}; take it out, or set invalid: drop")
