@@ -10,7 +10,7 @@ __all__ = ['KIND', 'ALIGNED', 'TUNED', 'AlignmentParams', 'AlignmentError', 'Ali
            'save_checkpoint', 'load_checkpoint', 'step_groups', 'take_step', 'look', 'stop_at', 'train_policy',
            'one_adapter', 'AlignmentResult', 'summarize_alignment', 'run_alignment', 'plot_alignment']
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #00e3089c
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #74a0ef73
 import json
 import math
 import random
@@ -33,7 +33,7 @@ from llmops.adaptation.preference_losses import (
 from .preferences import Source, preferences_path, read_preferences
 from ..foundation.artifacts import seal
 from ..foundation.checkpoints import model_kind, model_path, recorded_base
-from ..foundation.console import quiet_transformers
+from ..foundation.console import captured_output, quiet_transformers
 from ..foundation.generation import context_length, generate
 from ..foundation.models import load_model
 from ..foundation.needs import Workload, announce_stage
@@ -165,7 +165,7 @@ def switch_on(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{ALIGNED}." in name)
 
-# %% ../../nbs/02_adaptation/13_alignment.ipynb #836e7e37
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #e70a11a3
 def adapter_config(
     cfg: AlignmentParams,  # rank, alpha, dropout, targets
     model: Any,  # the model, or peft's model of a fine-tuned adapter
@@ -197,10 +197,11 @@ def open_policy(
     config = adapter_config(cfg, model, stacked)
     if not torch.cuda.is_available():
         use_matmul_attention(model.get_base_model() if stacked else model)
-    if stacked:
-        model.add_adapter(ALIGNED, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=ALIGNED)
+    with captured_output():  # PEFT imports gptqmodel, which prints a banner, and warns of what it still reads
+        if stacked:
+            model.add_adapter(ALIGNED, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=ALIGNED)
     for name, parameter in model.named_parameters():
         if f".{ALIGNED}." in name:
             parameter.data = parameter.data.float()
