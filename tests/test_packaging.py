@@ -66,6 +66,7 @@ ROOMS = {
     "foundation.tracking": {"tracking"},
     "foundation.versions": {"lab"},  # data that DVC keeps
     "adaptation.prompt_search": {"prompting"},
+    "adaptation.reward_model": {"training", "evaluation"},  # beside a logistic regression on words
     "judging.rating_page": {"evaluation", "lab"},
     "retrieval.search_methods": {"rag"},
     **dict.fromkeys([f"selection.{room}" for room in ("endpoints", "prices", "recording")], {"selection"}),

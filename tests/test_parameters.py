@@ -45,6 +45,33 @@ def tiny_strategies() -> str:
     return str(folder)
 
 
+def tiny_pairs() -> str:
+    "A file with a pair about a training question, which stands there twice."
+    from llmops.foundation.datasets import read_split
+    from llmops.foundation.reading import write_jsonl
+
+    file, row = ROOT / "runs/.tiny/pairs.jsonl", read_split("tiny:data", "train")[0]
+    write_jsonl(file, [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "no idea"}] * 2)
+    return str(file)
+
+
+def tiny_study() -> str:
+    "A rating study of training questions that nobody has voted on."
+    from llmops.foundation.artifacts import begin_artifact, seal
+    from llmops.foundation.datasets import read_split
+    from llmops.judging.rating import plan_study, write_study
+
+    out = ROOT / "runs/.tiny/study"
+    rows = [
+        {**row, "gold": row["answer"], "answers": {"a": row["answer"], "b": "no idea"}}
+        for row in read_split("tiny:data", "train")[:2]
+    ]
+    work = begin_artifact(str(out))
+    write_study(plan_study(rows, ["a", "b"], ["ann"], 2, 0, 1.0, "", 42), work)
+    seal(work, str(out), "study", "llmops.judging.human", {})
+    return str(out)
+
+
 STAGES = stage_notebooks(ROOT)
 NOBODY = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}  # a judge that does not answer
 GIVEN: dict[
@@ -65,6 +92,24 @@ GIVEN: dict[
         "candidates": [{"name": "tiny", "model": "tiny:llama", "licence": "MIT"}],
         "questions": 2,
         "max_new_tokens": 4,
+    },
+    "adaptation.preferences": {
+        "sources": ["samples", "contrastive", "votes", "judge", "file"],
+        "study": tiny_study,
+        "file": tiny_pairs,
+        "rows": 4,
+        "draws": 1,
+        "max_new_tokens": 2,
+        "contrast_rows": 2,
+    },
+    "adaptation.alignment": {"max_steps": 2, "pairs": 8, "eval_pairs": 4, "sample_prompts": 1, "max_new_tokens": 2},
+    "adaptation.reward_model": {"max_steps": 2, "resamples": 100},
+    "adaptation.policy_gradient": {
+        "reward": "length",
+        "informative": False,
+        "steps": 2,
+        "max_new_tokens": 2,
+        "eval_questions": 2,
     },
     "evaluation.metrics": {"strategy": tiny_strategies},
     "evaluation.scorecard": {**NOBODY, "ragas": ["exact_match", "faithfulness"]},

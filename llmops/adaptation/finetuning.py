@@ -482,9 +482,9 @@ def progress_callback(
 
     return ProgressCallback()
 
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #e1496dc8
+# %% ../../nbs/02_adaptation/01_finetuning.ipynb #a5c9e3f3
 def fingerprint_run(
-    cfg: FinetuningParams,  # the stage's parameters
+    cfg: Any,  # the stage's parameters: a dataclass with `out` and `wandb`
     roles: dict[str, str | Path],  # role -> what is read
 ) -> str:  # a digest
     "What must not have changed if a killed run is to be continued."

@@ -195,7 +195,7 @@ def gate_overlay(
     return {"margins": margins, "informs": informs, "cases": f"params/{name}/cases.jsonl",
             "history": f"runs/history-{name}.jsonl"}
 
-# %% ../../nbs/12_tools/21_overlay.ipynb #27c47cb7
+# %% ../../nbs/12_tools/21_overlay.ipynb #bf250bdb
 def data_overlay(
     seen: Findings,  # the data
     declared: Mapping[str, Any],  # `params/data.yaml`
@@ -233,6 +233,8 @@ def make_overlay(
     wanted: dict[str, dict[str, Any]] = room_overlay(*prompt_room(seen, data["instruction"]))
     wanted["data"] = data | wanted.get("data", {})
     wanted["prompting"] = wanted.get("prompting", {}) | {"instructions": []}  # those are about the embedded data
+    if not seen.fields.passage or not TASKS[seen.task].refusal:
+        wanted["preferences"] = {"sources": ["samples"]}  # contrasts are between passages
     wanted["retrieval"] = retrieval_overlay(seen, documents, tables)
     wanted["gate"] = gate_overlay(seen, declared["gate"], name)
     if stated.get("model"):
