@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,15 @@ def aligned(out: Path, **params: object) -> tuple[AlignmentResult, str]:
     result = run_alignment(cfg)
     made = seal(result.work, cfg.out, KIND, "llmops.adaptation.alignment", cfg, result.inputs, result.metrics)
     return result, made["digest"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    "As many threads as the processes that are started here: sums depend on how they are shared out."
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +300,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_weights(tmp_p
 
 KILLED = """
 import os, signal, sys
+import torch
+torch.set_num_threads(2)
 from llmops.adaptation import alignment
 from llmops.foundation.artifacts import seal
 real = alignment.take_step

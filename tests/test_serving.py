@@ -174,7 +174,9 @@ def served(out: Path, **params):
     cfg = ServingParams(
         out=str(out), questions=1, max_tokens=8, speed_tokens=4, threads=1, **{"wandb": "disabled", **params}
     )
+    before = torch.get_num_threads()
     made = run_serving(cfg)
+    assert torch.get_num_threads() == before  # what runs next in this process computes as it would have
     manifest = seal(
         made.work, cfg.out, KIND, "llmops.deployment.serving", cfg, made.inputs, made.metrics, VOLATILE_FILES
     )

@@ -390,11 +390,15 @@ def time_transformers(
     new_tokens: int,  # tokens to write after each
     threads: int,  # CPU threads; 0: every core
 ) -> dict[str, float]:  # its speed
-    "The same weights through transformers, with as many threads as the server has."
+    "The same weights through transformers, with as many threads as the server has; afterwards with as many as before."
     import torch
+    before = torch.get_num_threads()
     torch.set_num_threads(available_threads(threads))
-    model, tokenizer = load_model(path)
-    return generation_speed(model, tokenizer, prompts, new_tokens=new_tokens)
+    try:
+        model, tokenizer = load_model(path)
+        return generation_speed(model, tokenizer, prompts, new_tokens=new_tokens)
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/08_deployment/07_serving.ipynb #8fc24530
 def speed_metrics(
