@@ -145,7 +145,8 @@ def measure_selection(
             "stage_seconds": made["stage_seconds"], "replay_seconds": made["replay_seconds"],
             "replay_equal": made["replay_equal"], "memory_error_max": memory["memory_error_max"],
             "cost_error": bill["error"], "bill": bill, "dtype": default_dtype(),
-            "command": "python -m llmops.studies.selection"}
+            "command": f"python -m llmops.studies.selection --model {model} --data {data} --requests {requests} "
+                       f"--sample {sample}"}
 
 
 def main(
