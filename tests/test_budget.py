@@ -20,7 +20,7 @@ def test_ten_thousand_prompts_lose_nothing_in_silence() -> None:
     tokenizer = load_tokenizer(resolve_source(EMBEDDED_MODEL))
     start = time.process_time()
     found = check_budgets(tokenizer, 10_000)
-    assert time.process_time() - start < limit(60)
+    assert time.process_time() - start < limit(300)  # a guard against a search that grows, not a measurement
     assert (found["prompts"], found["silent_cuts"], found["over_context"]) == (10_000, 0, 0)
     assert min(found["dropped_parts"][part] for part in ("evidence", "examples", "history")) > 1000
 
