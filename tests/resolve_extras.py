@@ -12,23 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import test_packaging
 from conftest import copy_project
 
-EXTRAS = (
-    "",
-    "training",
-    "gptq",
-    "rag",
-    "evaluation",
-    "serving",
-    "selection",
-    "tracking",
-    "registry",
-    "prompting",
-    "lab",
-    "dev",
-    "all",
-)
+EXTRAS = ("", *test_packaging.EXTRAS)
 
 
 def build_wheel(folder: Path) -> Path:

@@ -7,8 +7,9 @@ __all__ = ['KIND', 'ALIGNED', 'TUNED', 'AlignmentParams', 'AlignmentError', 'Ali
            'switch_on', 'adapter_config', 'open_policy', 'trained_method', 'score_pairs', 'check_reference',
            'choose_pairs', 'encode_pairs', 'with_foreign_answer', 'pair_scores', 'forward_pairs', 'pair_figures',
            'train_step', 'compare_pairs', 'validate_pairs', 'show_answers', 'State', 'Trainer', 'make_trainer',
-           'save_checkpoint', 'load_checkpoint', 'step_groups', 'take_step', 'look', 'stop_at', 'train_policy',
-           'one_adapter', 'AlignmentResult', 'summarize_alignment', 'run_alignment', 'plot_alignment']
+           'save_checkpoint', 'load_checkpoint', 'step_groups', 'apply_gradients', 'take_step', 'look', 'stop_at',
+           'train_policy', 'one_adapter', 'AlignmentResult', 'summarize_alignment', 'write_policy', 'run_alignment',
+           'plot_alignment']
 
 # %% ../../nbs/02_adaptation/13_alignment.ipynb #74a0ef73
 import json
@@ -26,12 +27,12 @@ from pydantic import Field
 
 from .cpu_training import use_matmul_attention, use_quick_lora
 from .finetuning import (
-    check_lengths, fingerprint_run, grouped_order, open_work, save_adapter, target_modules)
+    check_lengths, grouped_order, open_work, save_adapter, target_modules)
 from llmops.adaptation.preference_losses import (
     AnswerBatch, Group, Loss, PairScores, Scored, answer_batch, encode_pair, longest_shared, preference_loss,
     score_answers, shares_prompt)
 from .preferences import Source, preferences_path, read_preferences
-from ..foundation.artifacts import seal
+from ..foundation.artifacts import fingerprint_run, seal
 from ..foundation.checkpoints import model_kind, model_path, recorded_base
 from ..foundation.console import captured_output, quiet_transformers
 from ..foundation.generation import context_length, generate
@@ -505,6 +506,21 @@ def step_groups(
     return [groups[i] for i in chosen]
 
 
+def apply_gradients(
+    trainer: Trainer,  # with gradients; goes one step further, unless something is not a number
+    loss: float,  # of the step
+) -> dict[str, float]:  # grad_norm and learning_rate
+    "Clip the gradients and change the weights. With a loss or a gradient that is not a number nothing is changed."
+    import torch
+    norm = float(torch.nn.utils.clip_grad_norm_(list(trainer.parameters.values()), 1.0))
+    figures = {"grad_norm": norm, "learning_rate": trainer.scheduler.get_last_lr()[0]}
+    if math.isfinite(loss) and math.isfinite(norm):
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+        trainer.state.step += 1
+    return figures
+
+
 def take_step(
     cfg: AlignmentParams,  # the stage's parameters
     trainer: Trainer,  # goes one step further, unless the loss is not a number
@@ -517,12 +533,7 @@ def take_step(
     trainer.policy.model.train()
     trainer.optimizer.zero_grad()
     figures = train_step(cfg, trainer.policy, step_groups(cfg, groups, step))
-    norm = float(torch.nn.utils.clip_grad_norm_(list(trainer.parameters.values()), 1.0))
-    figures |= {"grad_norm": norm, "learning_rate": trainer.scheduler.get_last_lr()[0]}
-    if math.isfinite(figures["loss"]) and math.isfinite(norm):
-        trainer.optimizer.step()
-        trainer.scheduler.step()
-        trainer.state.step += 1
+    figures |= apply_gradients(trainer, figures["loss"])
     trainer.state.seconds += time.perf_counter() - start
     return figures
 
@@ -635,6 +646,20 @@ def summarize_alignment(
             **{name: value for name, value in last.items() if name != "step"}}
 
 
+def write_policy(
+    trainer: Trainer,  # that has run; its model becomes one adapter
+    base_ref: str,  # the model under the adapter, as manifests write it
+    work: Path,  # the working folder, whose checkpoints are removed
+) -> None:
+    "Write the adapter, its tokenizer, and what was seen as it learned."
+    policy, state = trainer.policy, trainer.state
+    save_adapter(one_adapter(policy), base_ref, policy.method, work)
+    save_tokenizer(policy.tokenizer, work)
+    write_json(work / "history.json", state.history, indent=1)
+    write_json(work / "samples.json", state.samples, indent=1)
+    shutil.rmtree(work / "checkpoints")
+
+
 def run_alignment(
     cfg: AlignmentParams,  # the stage's parameters
     log: Run = UNTRACKED,  # where the run is tracked
@@ -657,11 +682,7 @@ def run_alignment(
         load_checkpoint(trainer, checkpoint)
     train_policy(cfg, trainer, train, valid, work / "checkpoints", log)
     metrics = summarize_alignment(trainer, len(train))
-    save_adapter(one_adapter(policy), inputs.base_ref, policy.method, work)
-    save_tokenizer(policy.tokenizer, work)
-    write_json(work / "history.json", trainer.state.history, indent=1)
-    write_json(work / "samples.json", trainer.state.samples, indent=1)
-    shutil.rmtree(work / "checkpoints")
+    write_policy(trainer, inputs.base_ref, work)
     log.summary(metrics)
     return AlignmentResult(work, inputs.roles, metrics, trainer.state.history, trainer.state.samples)
 

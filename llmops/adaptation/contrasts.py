@@ -8,7 +8,7 @@ __all__ = ['SENTENCE_END', 'SHORTEST_PASSAGE', 'Contrast', 'split_sentences', 'h
 
 # %% ../../nbs/02_adaptation/09_contrasts.ipynb #f986b3db
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import regex
@@ -83,9 +83,13 @@ def find_twins(
     rows: Sequence[Row],  # questions with `passage`, `question`, `answerable`
 ) -> list[tuple[Row, Row]]:  # a question that the passage does not answer, and the most similar that it does
     "Pair unanswerable questions with answerable ones about the same passage; likeness is Jaccard's of their words."
+    answered: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["answerable"]:
+            answered.setdefault(row["passage"], []).append(row)
     pairs = []
     for row in rows:
-        twins = [other for other in rows if other["answerable"] and other["passage"] == row["passage"]]
+        twins = answered.get(row["passage"], [])
         if row["answerable"] or not twins:
             continue
         words = shingles(row["question"], 1)
@@ -129,12 +133,12 @@ def altered_rows(
     "Every question that is answered, with passages that do not answer it. Raises as `check_contrasts` does."
     check_contrasts(asked)
     answered = [row for row in rows if row["answerable"] and row["passage"]]
-    makers: dict[str, Callable[[], list[str]]] = {
-        "near": lambda: near_passages(answered), "cut": lambda: [cut_support(row) for row in answered]}
     made: dict[str, Row] = {}
     for contrast in contrasts:
-        passages = makers[contrast]() if contrast in makers else []
-        found = [altered_row(asked, row, passage, contrast) for row, passage in zip(answered, passages, strict=False)
+        if contrast == "twin":  # of whole questions, and no other passage
+            continue
+        passages = near_passages(answered) if contrast == "near" else [cut_support(row) for row in answered]
+        found = [altered_row(asked, row, passage, contrast) for row, passage in zip(answered, passages, strict=True)
                  if passage]
         for row in random.Random(f"{seed} {contrast}").sample(found, min(limit or len(found), len(found))):
             made.setdefault(row["id"], row)

@@ -7,9 +7,8 @@ __all__ = ['KIND', 'MAMBA_TYPES', 'CURVES', 'FinetuningParams', 'FinetuningInput
            'encode_row', 'check_lengths', 'encode_split', 'training_rows', 'micro_batches', 'grouped_order',
            'target_modules', 'TrainableModel', 'open_model', 'label_loss', 'split_batch', 'total_steps',
            'evaluation_arguments', 'training_arguments', 'grouped_sampler', 'trainer_class', 'make_trainer',
-           'check_finite', 'curve_callback', 'progress_callback', 'fingerprint_run', 'last_checkpoint', 'open_work',
-           'save_adapter', 'training_history', 'summarize_training', 'FinetuningResult', 'encode_examples',
-           'run_finetuning']
+           'check_finite', 'curve_callback', 'progress_callback', 'last_checkpoint', 'open_work', 'save_adapter',
+           'training_history', 'summarize_training', 'FinetuningResult', 'encode_examples', 'run_finetuning']
 
 # %% ../../nbs/02_adaptation/01_finetuning.ipynb #8838d942
 import json
@@ -28,7 +27,7 @@ from pydantic import Field
 
 from .cpu_training import use_matmul_attention, use_quick_lora
 from ..foundation.architectures import describe_experts, describe_fused, linear_modules
-from ..foundation.artifacts import begin_artifact, input_digest, json_digest, package_versions, seal
+from ..foundation.artifacts import begin_artifact, fingerprint_run, seal
 from ..foundation.chat import encode_text
 from ..foundation.checkpoints import model_path
 from ..foundation.console import quiet_transformers
@@ -481,16 +480,6 @@ def progress_callback(
             self.bar.close()
 
     return ProgressCallback()
-
-# %% ../../nbs/02_adaptation/01_finetuning.ipynb #a5c9e3f3
-def fingerprint_run(
-    cfg: Any,  # the stage's parameters: a dataclass with `out` and `wandb`
-    roles: dict[str, str | Path],  # role -> what is read
-) -> str:  # a digest
-    "What must not have changed if a killed run is to be continued."
-    params = {name: value for name, value in asdict(cfg).items() if name not in ("out", "wandb")}
-    digests = {role: input_digest(path) for role, path in roles.items()}
-    return json_digest({"params": params, "inputs": digests, "versions": package_versions()})
 
 # %% ../../nbs/02_adaptation/01_finetuning.ipynb #c80400d2
 def last_checkpoint(

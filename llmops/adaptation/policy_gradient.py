@@ -12,7 +12,6 @@ __all__ = ['KIND', 'RewardName', 'Reward', 'PolicyGradientParams', 'training_par
 # %% ../../nbs/02_adaptation/15_policy_gradient.ipynb #f9da2041
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from .ai_feedback import Feedback, check_agreement, examine_judge, judge_scores
+from .ai_feedback import Feedback, check_agreement, examine_judge, feedback_of, judge_scores
 from .alignment import (
-    AlignmentError, AlignmentParams, Policy, Trainer, check_reference, load_checkpoint, make_trainer, one_adapter,
-    open_policy, resolve_inputs, save_checkpoint, score_pairs, stop_at)
-from .finetuning import fingerprint_run, open_work, save_adapter
+    AlignmentError, AlignmentParams, Policy, Trainer, apply_gradients, check_reference, load_checkpoint, make_trainer,
+    open_policy, resolve_inputs, save_checkpoint, score_pairs, stop_at, write_policy)
+from .finetuning import open_work
 from .preference_losses import Group, Scored, score_answers, shares_prompt
 from .preferences import read_preferences
 from .reward_model import RewardModel
 from .sampling import score_texts
-from ..foundation.artifacts import seal
+from ..foundation.artifacts import fingerprint_run, seal
 from ..foundation.chat import encode_completion, encode_prompt
 from ..foundation.console import quiet_transformers
 from ..foundation.datasets import dataset_path
@@ -39,8 +38,6 @@ from ..foundation.generation import (
     answer_length, context_length, generate, generate_batch, left_pad, stop_tokens)
 from ..foundation.project import ParamError, from_cell, resolve_path, stage_params
 from ..foundation.reading import DataError, Row
-from ..foundation.report import write_json
-from ..foundation.saving import save_tokenizer
 from ..foundation.tasks import Asked, read_asked
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..judging.judges import MIN_KAPPA
@@ -152,12 +149,11 @@ def make_reward(
     asked: Asked,  # the task
 ) -> Reward:
     "The reward that the parameters name."
-    feedback = Feedback(cfg.judge_url, cfg.judge_model, cfg.judge_key_env, cfg.min_kappa, cfg.seed)
     if cfg.reward == "reward_model":
         model = RewardModel(cfg.reward_model)
         return lambda rows, texts: model.score([row["prompt"] for row in rows], texts)
     if cfg.reward == "judge":
-        return judge_reward(feedback)
+        return judge_reward(feedback_of(cfg))
     if cfg.reward == "length":
         return length_reward
     return random_reward(cfg.seed) if cfg.reward == "random" else metric_reward(asked)
@@ -295,12 +291,7 @@ def take_step(
     policy.model.train()
     trainer.optimizer.zero_grad()
     figures = learn_from(cfg, policy, groups, rewards)
-    norm = float(torch.nn.utils.clip_grad_norm_(list(trainer.parameters.values()), 1.0))
-    figures |= {"grad_norm": norm, "learning_rate": trainer.scheduler.get_last_lr()[0]}
-    if math.isfinite(figures["loss"]) and math.isfinite(norm):
-        trainer.optimizer.step()
-        trainer.scheduler.step()
-        trainer.state.step += 1
+    figures |= apply_gradients(trainer, figures["loss"])
     trainer.state.seconds += time.perf_counter() - start
     return figures
 
@@ -428,11 +419,7 @@ def run_policy_gradient(
         check_reference(policy, [group])
     train_policy(cfg, trainer, questions, asked, reward, work / "checkpoints", log)
     metrics = summarize_policy(trainer, len(questions[0]))
-    save_adapter(one_adapter(policy), inputs.base_ref, policy.method, work)
-    save_tokenizer(policy.tokenizer, work)
-    write_json(work / "history.json", trainer.state.history, indent=1)
-    write_json(work / "samples.json", trainer.state.samples, indent=1)
-    shutil.rmtree(work / "checkpoints")
+    write_policy(trainer, inputs.base_ref, work)
     log.summary(metrics)
     return PolicyGradientResult(work, roles, metrics, trainer.state.history, trainer.state.samples)
 

@@ -219,6 +219,5 @@ def read_pairs(
         except RowError as e:
             bad.append(e)
     if bad and (invalid == "error" or not pairs):
-        raise DataError(summarize_errors(bad, ref).replace("`invalid: set_aside` leave them out and list them in "
-                                                           "removed.jsonl", "`invalid: drop` go on without them"))
+        raise DataError(summarize_errors(bad, ref, otherwise="`invalid: drop` go on without them"))
     return pairs, bad

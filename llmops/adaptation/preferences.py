@@ -7,9 +7,8 @@ __all__ = ['KIND', 'Source', 'GIVEN', 'TINY_PREFERENCES', 'PreferencesParams', '
            'sample_pairs', 'altered_pairs', 'twin_pairs', 'contrast_pairs', 'vote_pairs', 'judge_candidates',
            'judge_pairs', 'asked_text', 'place_pairs', 'text_fault', 'repeat_fault', 'overlap_reasons', 'refuse_pair',
            'check_pairs', 'length_bias', 'summarize_pairs', 'Gathered', 'needs_samples', 'sample_questions',
-           'gather_own', 'gather_judged', 'feedback_of', 'gather_given', 'gather_pairs', 'PreferencesResult',
-           'run_preferences', 'make_tiny_preferences', 'preferences_path', 'read_preferences', 'pair_table',
-           'describe_bias']
+           'gather_own', 'gather_judged', 'gather_given', 'gather_pairs', 'PreferencesResult', 'run_preferences',
+           'make_tiny_preferences', 'preferences_path', 'read_preferences', 'pair_table', 'describe_bias']
 
 # %% ../../nbs/02_adaptation/11_preferences.ipynb #ec257be6
 from collections import Counter
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .ai_feedback import (
-    Feedback, better_by_score, check_agreement, examine_judge, judge_scores)
+    Feedback, better_by_score, check_agreement, examine_judge, feedback_of, judge_scores)
 from .contrasts import Contrast, altered_rows, check_contrasts, find_twins, holds_answer
 from .preference_files import read_pairs
 from .sampling import sample_answers, sampled_row, summarize_samples
@@ -211,10 +210,9 @@ def judge_candidates(
     "Two answers of the model to each question that has two."
     found = []
     for row in sampled:
-        texts = {" ".join(normalize_answer(s["text"])): s["text"] for s in reversed(row["samples"]) if s["text"]}
         first = row["samples"][0]["text"] if row["samples"] else ""
         others = [s for s in row["samples"] if normalize_answer(s["text"]) != normalize_answer(first) and s["text"]]
-        if first and len(texts) > 1:
+        if first and others:
             found.append((row, first, max(others, key=lambda s: (s["logprob"], s["text"]))["text"]))
     return found
 
@@ -446,13 +444,6 @@ def gather_judged(
         pairs += found
         gathered.notes[f"judge_undecided_{split}"] = undecided
 
-
-def feedback_of(
-    cfg: PreferencesParams,  # who judges
-) -> Feedback:
-    "The judge that the parameters name."
-    return Feedback(cfg.judge_url, cfg.judge_model, cfg.judge_key_env, cfg.min_kappa, cfg.seed)
-
 # %% ../../nbs/02_adaptation/11_preferences.ipynb #7def987a
 def gather_given(
     cfg: PreferencesParams,  # study and file
@@ -486,8 +477,9 @@ def gather_pairs(
         check_contrasts(asked)
     gathered = Gathered()
     if "judge" in cfg.sources:
-        agreement = examine_judge(feedback_of(cfg))
-        check_agreement(feedback_of(cfg), agreement)
+        feedback = feedback_of(cfg)
+        agreement = examine_judge(feedback)
+        check_agreement(feedback, agreement)
         gathered.notes |= {"judge_kappa": agreement.kappa, "judge_kappa_low": agreement.kappa_interval[0]}
     told = rows | {"train": rows["train"][:cfg.rows or None]}
     gather_own(cfg, asked, told, gathered)

@@ -20,7 +20,7 @@ from ..decision.comparison import paired_differences
 from ..evaluation.metrics import answer_rows, mean_tokens
 from ..foundation.answers import REFUSE_ALWAYS
 from ..foundation.artifacts import (
-    begin_artifact, explain_write_errors, input_digest, json_digest, package_versions, seal)
+    begin_artifact, explain_write_errors, fingerprint_run, json_digest, seal)
 from ..foundation.checkpoints import model_path
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.models import load_model
@@ -372,10 +372,8 @@ def fingerprint_search(
     inputs: dict[str, str | Path],  # role -> what is read
 ) -> str:  # a digest
     "What must not have changed if a search that was stopped is to go on."
-    params = {name: value for name, value in asdict(cfg).items() if name not in ("out", "wandb")}
-    return json_digest({"params": params, "inputs": {role: input_digest(path) for role, path in inputs.items()},
-                        "strategies": [[name, asdict(strategy)] for name, strategy in strategies.items()],
-                        "versions": package_versions()})
+    told = [[name, asdict(strategy)] for name, strategy in strategies.items()]
+    return json_digest([fingerprint_run(cfg, inputs), told])
 
 
 def open_search(

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['EMBEDDED_MODEL', 'EMBEDDED_DATA', 'EMBEDDED_TEXT', 'MANIFEST', 'DIGEST', 'VOLATILE', 'State', 'LAST_READ', 'BEGUN',
            'CANNOT_WRITE', 'PACKAGES', 'ArtifactError', 'file_digest', 'json_digest', 'package_file', 'hub_download',
-           'input_state', 'Begun', 'note_read', 'resolve_source', 'is_listed', 'listed_files', 'find_foreign',
-           'check_unfinished', 'check_parents', 'check_target', 'write_error_code', 'explain_write_errors',
-           'param_values', 'begun_here', 'begin_artifact', 'claim_artifact', 'check_free', 'discard', 'working_folder',
-           'git_commit', 'folder_digest', 'input_digest', 'package_versions', 'hash_files', 'content_digest',
-           'hash_inputs', 'describe_run', 'find_begun', 'check_params', 'check_inputs', 'write_manifest',
-           'move_into_place', 'seal', 'read_manifest', 'verify', 'input_row', 'lineage']
+           'input_state', 'Begun', 'note_read', 'is_hub_id', 'resolve_source', 'is_listed', 'listed_files',
+           'find_foreign', 'check_unfinished', 'check_parents', 'check_target', 'write_error_code',
+           'explain_write_errors', 'param_values', 'begun_here', 'begin_artifact', 'claim_artifact', 'check_free',
+           'discard', 'working_folder', 'git_commit', 'folder_digest', 'input_digest', 'package_versions',
+           'fingerprint_run', 'hash_files', 'content_digest', 'hash_inputs', 'describe_run', 'find_begun',
+           'check_params', 'check_inputs', 'write_manifest', 'move_into_place', 'seal', 'read_manifest', 'verify',
+           'input_row', 'lineage']
 
 # %% ../../nbs/00_foundation/04_artifacts.ipynb #226f962b
 import errno
@@ -135,6 +136,14 @@ def note_read(
         begun.read.setdefault(path, state)
 
 # %% ../../nbs/00_foundation/04_artifacts.ipynb #154cd813
+def is_hub_id(
+    ref: str,  # a reference
+) -> bool:
+    "Whether a reference names a repository on the Hub (`owner/name`), and nothing on this disk."
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", ref) and not ref.startswith(("runs/", ".", "nbs/", "params/"))
+    return bool(named) and not resolve_path(ref).exists()
+
+
 def resolve_source(
     ref: str | Path,  # local path, `package:NAME/PATH`, or Hub id (`owner/name`)
     repo_type: str = "model",  # what a Hub id names: `model` or `dataset`
@@ -148,7 +157,7 @@ def resolve_source(
     if local.exists():
         note_read(local)
         return local
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", ref) and not ref.startswith(("runs/", ".", "nbs/", "params/")):
+    if is_hub_id(ref):
         return hub_download(ref, repo_type)
     raise ArtifactError(f"{ref}: no such file or folder under {project_root().name}/ ; "
                         "expected a local path, package:NAME/PATH or a Hub id (owner/name)")
@@ -396,6 +405,16 @@ def package_versions() -> dict[str, str]:  # installed packages that can change 
         except metadata.PackageNotFoundError:
             pass
     return versions
+
+
+def fingerprint_run(
+    cfg: Any,  # the stage's parameters: a dataclass with `out` and `wandb`
+    roles: dict[str, str | Path],  # role -> what is read
+) -> str:  # a digest
+    "What must not have changed if a run that was stopped is to be continued."
+    params = {name: value for name, value in asdict(cfg).items() if name not in ("out", "wandb")}
+    digests = {role: input_digest(path) for role, path in roles.items()}
+    return json_digest({"params": params, "inputs": digests, "versions": package_versions()})
 
 # %% ../../nbs/00_foundation/04_artifacts.ipynb #54503869
 def hash_files(

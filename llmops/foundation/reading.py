@@ -23,6 +23,7 @@ def summarize_errors(
     bad: list[RowError],  # every bad row
     ref: str,  # the data reference that they were read from
     shown: int = 20,  # errors that are written out; the rest is counted
+    otherwise: str = "`invalid: set_aside` leave them out and list them in removed.jsonl",  # what to do but mend them
 ) -> str:  # the message
     "One message for many bad rows."
     rows = len({e.where for e in bad})
@@ -32,7 +33,7 @@ def summarize_errors(
     for error in bad[shown:]:
         rest[f"field {error.field!r}: {error.problem}" if error.field else error.problem] += 1
     lines += [f"  ... and {n} more: {problem}" for problem, n in rest.most_common()]
-    lines.append("  mend them, or let `invalid: set_aside` leave them out and list them in removed.jsonl")
+    lines.append(f"  mend them, or let {otherwise}")
     return "\n".join(lines)
 
 # %% ../../nbs/00_foundation/16_reading.ipynb #59826063

@@ -5,28 +5,27 @@
 # %% ../../nbs/01_selection/06_candidates.ipynb #41be05a8
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
-from ..foundation.artifacts import MANIFEST, ArtifactError, lineage, resolve_source
+from ..foundation.artifacts import MANIFEST, ArtifactError, is_hub_id, lineage, resolve_source
 from ..foundation.needs import weighed_path
 from ..foundation.project import ParamError, resolve_path, stage_params
+from ..foundation.reading import Row
 from ..foundation.strategies import BEST, Constrain
 from .endpoints import PROVIDERS, Endpoint
 from .licences import (
-    UNKNOWN, Licence, Use, canonical_licence, card_licence, check_licence, find_licence)
-from .prices import TokenPrices
+    UNKNOWN, Licence, Use, canonical_licence, card_licence, card_values, check_licence, find_licence)
+from .prices import TokenPrices, provider_place
 from .sizing import CONFIGS, Fit, SizedModel, describe_fit, fits, size_model
 
 # %% auto #0
-__all__ = ['HUB_ID', 'Kind', 'PRECISIONS', 'Candidate', 'read_candidates', 'is_hub_id', 'trained_here', 'candidate_kind',
-           'hub_card', 'model_card', 'gguf_languages', 'source_models', 'candidate_licence', 'candidate_languages',
-           'hub_config', 'candidate_size', 'loaded_precision', 'served_context', 'TaskNeeds', 'Facts', 'check_context',
+__all__ = ['Kind', 'PRECISIONS', 'Candidate', 'read_candidates', 'candidate_origin', 'candidate_kind', 'hub_card', 'model_card',
+           'gguf_languages', 'source_models', 'candidate_licence', 'candidate_languages', 'hub_config',
+           'candidate_size', 'loaded_precision', 'served_context', 'TaskNeeds', 'Facts', 'check_context',
            'examine_size', 'examine']
 
 # %% ../../nbs/01_selection/06_candidates.ipynb #0b681f1f
@@ -95,35 +94,27 @@ def read_candidates(
     return found
 
 # %% ../../nbs/01_selection/06_candidates.ipynb #bf52a00c
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Kind = Literal["commercial", "open", "own"]
 
 
-def is_hub_id(
-    ref: str,  # a model reference
-) -> bool:
-    "Whether a reference names a model on the Hub, and nothing on this disk."
-    here = ref.startswith(("runs/", ".", "package:")) or resolve_path(ref).exists()
-    return bool(HUB_ID.fullmatch(ref)) and not here
 
 
-def trained_here(
-    ref: str,  # a model reference
-) -> list[dict[str, Any]]:  # the way from an artifact back to its sources; [] for what this project did not train
-    "Where a model of this project comes from."
-    if is_hub_id(ref) or not (resolve_path(ref) / MANIFEST).is_file():
-        return []
-    rows = lineage(ref)
-    return rows if any(row["kind"] == "dataset" for row in rows) else []
+def candidate_origin(
+    candidate: Candidate,  # any
+) -> list[Row]:  # of `lineage`: from an artifact of this project back to its sources; [] for anything else
+    "Where a model of this project comes from. It reads every source, and is asked once."
+    here = not candidate.provider and (resolve_path(candidate.model) / MANIFEST).is_file()
+    return lineage(candidate.model) if here else []
 
 
 def candidate_kind(
     candidate: Candidate,  # any
+    origin: Sequence[Row],  # of `candidate_origin`
 ) -> Kind:
     "Behind a server, trained here, or neither. A base that was only copied is not trained here."
     if candidate.provider:
         return "commercial"
-    return "own" if trained_here(candidate.model) else "open"
+    return "own" if any(row["kind"] == "dataset" for row in origin) else "open"
 
 # %% ../../nbs/01_selection/06_candidates.ipynb #a02a2344
 def hub_card(
@@ -148,12 +139,10 @@ def model_card(
         path = resolve_source(ref)
         card = (path if path.is_dir() else path.parent) / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    head = re.match(r"\A---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        values = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError:
+        return card_values(text, ref)
+    except ArtifactError:  # a broken head states nothing
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def gguf_languages(
@@ -171,16 +160,16 @@ def gguf_languages(
 # %% ../../nbs/01_selection/06_candidates.ipynb #d5953aac
 def source_models(
     ref: str,  # a model on this disk
+    origin: Sequence[Row],  # of `candidate_origin`
 ) -> list[str]:  # references of models
     "What a model was made from: the sources of its lineage, or itself where it has none."
-    if ref.startswith(("package:", "tiny:")) or not (resolve_path(ref) / MANIFEST).is_file():
-        return [ref]
-    sources = [row["ref"] for row in lineage(ref) if row["kind"] == "source" and row["role"] in ("model", "base")]
+    sources = [row["ref"] for row in origin if row["kind"] == "source" and row["role"] in ("model", "base")]
     return sorted(set(sources)) or [ref]
 
 
 def candidate_licence(
     candidate: Candidate,  # any
+    origin: Sequence[Row],  # of `candidate_origin`
 ) -> Licence:  # `unknown` when nothing states one
     "Under which terms a candidate stands: as it was stated, as the provider sells it, or as its files say."
     if candidate.licence:
@@ -192,7 +181,7 @@ def candidate_licence(
     try:
         if is_hub_id(candidate.model):
             return card_licence(hub_card(candidate.model), candidate.model)
-        found = [find_licence(ref) for ref in source_models(candidate.model)]
+        found = [find_licence(ref) for ref in source_models(candidate.model, origin)]
     except ArtifactError as e:
         return Licence(UNKNOWN, "", str(e))
     return found[0] if len({licence.id for licence in found}) == 1 else Licence(
@@ -201,13 +190,14 @@ def candidate_licence(
 
 def candidate_languages(
     candidate: Candidate,  # any
+    origin: Sequence[Row],  # of `candidate_origin`
 ) -> list[str]:  # codes such as en; [] when nothing states them
     "Which languages a candidate is said to know."
     if candidate.languages or candidate.provider or candidate.model.startswith("tiny:"):
         return list(candidate.languages)
     found: set[str] = set()
     try:
-        for ref in [candidate.model] if is_hub_id(candidate.model) else source_models(candidate.model):
+        for ref in source_models(candidate.model, origin):
             stated = model_card(ref).get("language") or ([] if is_hub_id(ref) else gguf_languages(ref))
             found |= {str(code) for code in ([stated] if isinstance(stated, str) else stated)}
     except ArtifactError:
@@ -253,10 +243,9 @@ def served_context(
     if candidate.context:
         return candidate.context
     from genai_prices import data_snapshot
-    place = {"provider_api_url": candidate.base_url} if candidate.base_url else {"provider_id": candidate.provider}
+    place = {"provider_id": None, "provider_api_url": None} | provider_place(candidate.endpoint())
     try:
-        provider, model = data_snapshot.get_snapshot().find_provider_model(candidate.model, None, **{
-            "provider_id": None, "provider_api_url": None, **place})
+        _, model = data_snapshot.get_snapshot().find_provider_model(candidate.model, None, **place)
     except LookupError:
         return None
     return model.context_window
@@ -321,7 +310,8 @@ def examine(
     needs: TaskNeeds,  # of the task
 ) -> Facts:  # with the first reason against it
     "What is known about a candidate, without asking or downloading it."
-    licence, languages = candidate_licence(candidate), candidate_languages(candidate)
+    origin = candidate_origin(candidate)
+    licence, languages = candidate_licence(candidate, origin), candidate_languages(candidate, origin)
     if candidate.provider:
         context = served_context(candidate)
         size: dict[str, Any] = {"context": context, "reason": check_context(context, needs)}
@@ -337,4 +327,5 @@ def examine(
         reasons.append(f"languages: it is said to know {', '.join(languages)}, not {', '.join(lacking)}")
     reasons.append(size.pop("reason"))
     reason = next((reason for reason in reasons if reason), "")
-    return Facts(candidate_kind(candidate), licence.id, check.conditions, tuple(languages), reason=reason, **size)
+    kind = candidate_kind(candidate, origin)
+    return Facts(kind, licence.id, check.conditions, tuple(languages), reason=reason, **size)

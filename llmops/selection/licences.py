@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OSI', 'CC', 'OPEN_TERMS', 'RAIL_NOTE', 'RAIL_TERMS', 'LLAMA', 'MAU_700', 'LLAMA_TERMS', 'MAKER_TERMS', 'API_TERMS',
            'TERMS', 'UNKNOWN', 'ALIASES', 'TITLES', 'Use', 'Answer', 'Terms', 'canonical_licence', 'Licence',
-           'card_licence', 'package_licence', 'gguf_licence', 'text_licence', 'folder_licence', 'find_licence',
-           'LicenceCheck', 'LicenceError', 'licence_conditions', 'check_terms', 'check_licence', 'check_expression']
+           'card_values', 'card_licence', 'package_licence', 'gguf_licence', 'text_licence', 'folder_licence',
+           'find_licence', 'LicenceCheck', 'LicenceError', 'licence_conditions', 'check_terms', 'check_licence',
+           'check_expression']
 
 # %% ../../nbs/01_selection/05_licences.ipynb #d21ceccc
 import re
@@ -169,19 +170,27 @@ class Licence:
         return TERMS.get(self.id)
 
 
-def card_licence(
+def card_values(
     text: str,  # a model card (README.md)
     source: str = "README.md",  # what to call it
-) -> Licence:  # `unknown` when the card states none
-    """The licence of a model card's YAML: `license`, or `license_name` where that is `other`.
-    Raises `ArtifactError` when the YAML cannot be read."""
+) -> dict[str, Any]:  # {} for a card without any
+    "The YAML at the head of a model card. Raises `ArtifactError` when it cannot be read."
     head = re.match(r"\A---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         values = yaml.safe_load(head[1]) if head else {}
     except yaml.YAMLError as e:
         raise ArtifactError(f"{source}: its YAML cannot be read ({str(e).splitlines()[0]}); mend the head of the "
                             "card") from None
-    values = values if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def card_licence(
+    text: str,  # a model card (README.md)
+    source: str = "README.md",  # what to call it
+) -> Licence:  # `unknown` when the card states none
+    """The licence of a model card's YAML: `license`, or `license_name` where that is `other`.
+    Raises `ArtifactError` when the YAML cannot be read."""
+    values = card_values(text, source)
     stated = values.get("license") or ""
     stated = " AND ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
     if stated.lower() in ("", "other") and values.get("license_name"):

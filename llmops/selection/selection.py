@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ..decision.comparison import paired_differences
 from ..evaluation.costs import summarize_latency
-from ..foundation.artifacts import resolve_source, seal, working_folder
+from ..foundation.artifacts import is_hub_id, resolve_source, seal, working_folder
 from ..foundation.datasets import dataset_path, read_split
 from ..foundation.needs import about_tokens
 from ..foundation.project import ParamError, from_cell, resolve_path, seed_everything, stage_params
@@ -25,8 +25,8 @@ from ..foundation.report import format_interval, markdown_table, write_json
 from ..foundation.stats import EvaluationError, bootstrap_interval, named_interval
 from ..foundation.tasks import Asked, read_asked
 from ..foundation.tracking import UNTRACKED, Run, track
-from .candidates import Candidate, Facts, TaskNeeds, examine, is_hub_id, read_candidates
-from .prices import cost_per_correct, total_price
+from .candidates import Candidate, Facts, TaskNeeds, examine, read_candidates
+from .prices import cost_per_correct
 from .recording import Record, SpendingCap, open_record
 from .trials import Trial, TrialSettings, try_candidate
 
@@ -76,7 +76,7 @@ def request_worth(
     cfg: SelectionParams,  # what answers and seconds are worth
 ) -> list[float] | None:  # US dollars a request; None where a price is not known
     "What each request brought, less what it took."
-    if total_price([p["price"] for p in predictions]) is None:
+    if any(p["price"] is None for p in predictions):
         return None
     return [cfg.answer_value * p[headline] - p["price"] - cfg.wait_cost * p["seconds"] for p in predictions]
 

@@ -146,6 +146,7 @@ def arm_figures(
     evaluations: Sequence[Evaluated],  # one per seed
     scores: Sequence[Sequence[float]],  # of `refusal_scores`, one list per seed
     sft: Evaluated,  # the fine-tuned model
+    curve: Sequence[dict[str, float]],  # its `free_curve`
 ) -> dict[str, Any]:  # means over seeds, differences to sft and to the free curve, and `seeds`: the figures of each
     "What an arm came to."
     seeds: list[dict[str, Any]] = []
@@ -156,7 +157,7 @@ def arm_figures(
     names = [name for name in seeds[0] if name != "version"]
     means: dict[str, Any] = {name: sum(s[name] for s in seeds) / len(seeds) for name in names}
     arm = [evaluated.predictions for evaluated in evaluations]
-    threshold = matched_threshold(free_curve(sft.predictions), means["hallucination"])
+    threshold = matched_threshold(curve, means["hallucination"])
     free = [refuse_below(sft.predictions, threshold)]
     means |= paired_delta(arm, [sft.predictions], "hallucination", False)
     against = paired_delta(arm, free, "f1", True)
@@ -271,17 +272,18 @@ def measure_arms(
     sft = arms["sft"][0]
     rows, refusal = read_split(data, "test")[:len(sft.predictions)], sft.scores["refusal"]
     results: dict[str, Any] = {}
+    curve = free_curve(sft.predictions)
     for name, evaluations in arms.items():
         scores = [refusal_scores(evaluated, rows, refusal) for evaluated in evaluations]
-        figures = arm_figures(evaluations, scores, sft)
+        figures = arm_figures(evaluations, scores, sft, curve)
         outer, _, inner = name.partition("/")
         if inner:
             results.setdefault(outer, {})[inner] = figures
         else:
             results[name] = figures
-    at = matched_threshold(free_curve(sft.predictions), results.get("dpo", results["sft"])["hallucination"])
+    at = matched_threshold(curve, results.get("dpo", results["sft"])["hallucination"])
     results["threshold"] = {**refusal_figures(refuse_below(sft.predictions, at)), "threshold": at,
-                            "auroc_refusal": results["sft"]["auroc_refusal"], "curve": free_curve(sft.predictions)}
+                            "auroc_refusal": results["sft"]["auroc_refusal"], "curve": curve}
     return results
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #c8b93f9c

@@ -28,7 +28,6 @@ from ..foundation.reading import Row
 from ..foundation.report import write_json
 from ..selection.endpoints import Endpoint, ask_endpoint
 from ..selection.prices import Tokens, predict_cost, reply_tokens, request_price, total_price
-from ..selection.selection import fits_text
 
 # %% auto #0
 __all__ = ['NOTEBOOK', 'PRICED', 'RESULTS', 'KEPT', 'run_stage', 'measure_stage', 'bill_error', 'answered_tokens', 'measure_bill',
