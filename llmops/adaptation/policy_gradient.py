@@ -149,11 +149,12 @@ def make_reward(
     asked: Asked,  # the task
 ) -> Reward:
     "The reward that the parameters name."
+    feedback = feedback_of(cfg)
     if cfg.reward == "reward_model":
         model = RewardModel(cfg.reward_model)
         return lambda rows, texts: model.score([row["prompt"] for row in rows], texts)
     if cfg.reward == "judge":
-        return judge_reward(feedback_of(cfg))
+        return judge_reward(feedback)
     if cfg.reward == "length":
         return length_reward
     return random_reward(cfg.seed) if cfg.reward == "random" else metric_reward(asked)
