@@ -149,7 +149,7 @@ def compare_ability(
     means = (sum(map(float, values)) / len(values) for values in (before, after))
     return Ability(name, len(before), *means, change, low, high, margin, decide_outcome(low, high, margin))
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #9be0f367
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #4766dc98
 def evaluate_tiny(
     model: str,  # its folder
     version: str,  # its name
@@ -169,7 +169,7 @@ def make_tiny_versions(
     "Re-train a tiny model in two ways, and evaluate all on old and on new rows."
     models = {"base": tiny_model("llama")}
     for method in ("continue", "replay"):
-        cfg = RetrainingParams(method=method, model="tiny:llama", rank=4, batch_size=4, micro_batch_size=2, max_steps=8,
+        cfg = RetrainingParams(method=method, model="tiny:llama", rank=4, batch_size=4, micro_batch_size=2, max_steps=4,
                                learning_rate=0.01, out=f"runs/.tiny/retrained/{method}", wandb="disabled")
         result = run_retraining(cfg)
         seal(result.work, cfg.out, "adapter", "llmops.adaptation.retraining", cfg, result.inputs)
