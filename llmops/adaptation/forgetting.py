@@ -10,7 +10,7 @@ __all__ = ['KIND', 'TINY_OLD', 'TINY_NEW', 'Outcome', 'FEW_ANSWERS', 'Forgetting
            'measure_gain', 'read_method', 'Judged', 'judge_version', 'ability_rows', 'plot_tradeoff',
            'ForgettingResult', 'measure_more', 'run_forgetting']
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #31b69ff9
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #a5019ddd
 import importlib.util
 import math
 import warnings
@@ -30,7 +30,7 @@ from ..foundation.artifacts import file_digest, json_digest, read_manifest, seal
 from ..foundation.cache import build_folder
 from ..foundation.chat import encode_text
 from ..foundation.datasets import dataset_path, read_split
-from ..foundation.evaluations import Evaluated, read_evaluations
+from ..foundation.evaluations import Evaluated, check_protocols, read_evaluation, read_evaluations
 from ..foundation.generation import batch_losses, context_length, length_batches
 from ..foundation.models import load_model
 from ..foundation.project import from_cell, relative_path, resolve_path, seed_everything, stage_params
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #452070b5
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #0f736c09
 KIND = "forgetting"  # the artifact's kind
 TINY_OLD, TINY_NEW = "tiny:old", "tiny:new"  # evaluations of tiny versions
 
@@ -54,6 +54,7 @@ class ForgettingParams:
     "What the stage may be told."
     old: str = TINY_OLD  # folder with an evaluation of each version on the old test rows, or tiny:old
     new: str = TINY_NEW  # folder with an evaluation of each version on the new test rows, or tiny:new
+    old_parent: str = ""  # evaluation of the version in service on the old rows; "" when it is in `old`
     parent: str = "base"  # the version in service
     alone: str = "continue"  # the version trained on the new data alone
     versions: list[str] = field(default_factory=list)  # which others are judged; none: all that are in both folders
@@ -214,12 +215,15 @@ def check_pairs(
             raise EvaluationError(f"new: {name} was asked the old questions there as well; evaluate it on the test rows "
                                   "of the new data")
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #41bedb2a
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #c0d92145
 def read_pairs(
-    cfg: ForgettingParams,  # old, new, parent, alone, versions
+    cfg: ForgettingParams,  # old, new, old_parent, parent, alone, versions
 ) -> dict[str, Pair]:  # the version in service first, then the one trained on the new data alone
     "Read the evaluations that are compared. Raises `EvaluationError` for a version that was not evaluated on both."
     old, new = (read_evaluations(evaluations_path(ref)) for ref in (cfg.old, cfg.new))
+    if cfg.old_parent:
+        old = {cfg.parent: read_evaluation(cfg.old_parent)} | old
+        check_protocols(list(old.values()))
     wanted = cfg.versions or [name for name in old if name in new]
     pairs = dict[str, Pair]()
     for name in dict.fromkeys([cfg.parent, cfg.alone, *wanted]):
