@@ -7,7 +7,7 @@ __all__ = ['KIND', 'TINY_OLD', 'TINY_NEW', 'Outcome', 'FEW_ANSWERS', 'Forgetting
            'Ability', 'decide_outcome', 'compare_ability', 'evaluate_tiny', 'make_tiny_versions', 'evaluations_path',
            'Pair', 'check_pairs', 'read_pairs', 'row_clusters', 'refusal_abilities', 'text_losses',
            'perplexity_ability', 'benchmark_scores', 'benchmark_abilities', 'Gain', 'above_most_frequent',
-           'measure_gain', 'read_method', 'Judged', 'judge_version', 'ability_rows', 'plot_tradeoff',
+           'measure_gain', 'read_method', 'Judged', 'judge_version', 'ability_rows', 'draw_changes', 'plot_tradeoff',
            'ForgettingResult', 'measure_more', 'run_forgetting']
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #a5019ddd
@@ -388,7 +388,7 @@ def read_method(
     method = manifest["params"]["method"]
     return method, {"continue": 0.0, "replay": manifest["params"]["replay_share"], "from_base": 1.0}[method]
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #22336d60
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #e6d13b4f
 @dataclass(frozen=True)
 class Judged:
     "A version beside the one in service."
@@ -413,12 +413,13 @@ def judge_version(
 ) -> Judged:
     "Everything about one version."
     clusters, title = row_clusters(parent.old), score_title(parent.old.task.headline)
-    old = compare_ability(f"{title} on the old rows", parent.old.headline, version.old.headline, clusters, cfg.margin, cfg)
+    old = compare_ability(f"{title} on the old rows", parent.old.headline, version.old.headline, clusters, cfg.margin,
+                          cfg)
     refusals = refusal_abilities(parent.old, version.old, clusters, cfg)
     gain = measure_gain(parent.new, version.new, alone.new, row_clusters(parent.new), cfg)
     return Judged(version.old.version, *read_method(version.old.model), gain, [old, *refusals, *more])
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #454b5220
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #520cd6a8
 def ability_rows(
     versions: Sequence[Judged],  # of `judge_version`
 ) -> list[dict[str, Any]]:  # one for each version and ability
@@ -432,6 +433,27 @@ def ability_rows(
     return rows
 
 
+def draw_changes(
+    ax: Any,  # matplotlib's axes
+    versions: Sequence[Judged],  # of `judge_version`, with a share
+    rows: str,  # new or old
+    from_base: bool,  # those that began with the base, or those that went on
+) -> None:
+    "Draw changes with their intervals."
+    points = []
+    for v in sorted(versions, key=lambda v: v.replay_share or 0):
+        a = v.gain.ability if rows == "new" else v.forgetting
+        low, high = (a.change if end is None else end for end in (a.low, a.high))
+        if (v.method == "from_base") == from_base:
+            points.append((v.replay_share, a.change, max(0, a.change - low), max(0, high - a.change)))
+    if points:
+        x, y, below, above = zip(*points, strict=True)
+        color = "C0" if rows == "new" else "C3"
+        ax.errorbar(x, y, yerr=[below, above], fmt="s" if from_base else "o-", capsize=3, color=color,
+                    mfc="none" if from_base else color,
+                    label=f"on the {rows} rows" + (", from the base" if from_base else ""))
+
+
 def plot_tradeoff(
     versions: Sequence[Judged],  # of `judge_version`
     margin: float,  # the most that may be lost
@@ -439,20 +461,10 @@ def plot_tradeoff(
     "Gain on the new rows and change on the old ones, over the share of old rows that were seen again."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5, 3.4), layout="constrained")
-    ax = figure.add_subplot()
-    for name, color in (("new", "C0"), ("old", "C3")):
-        for method, style in (("replay", "o-"), ("from_base", "s")):
-            chosen = [v for v in versions if (v.method == "from_base") == (method == "from_base")
-                      and v.replay_share is not None]
-            points = []
-            for v in sorted(chosen, key=lambda v: v.replay_share or 0):
-                a = v.gain.ability if name == "new" else v.forgetting
-                points.append((v.replay_share, a.change, a.change - (a.low or a.change), (a.high or a.change) - a.change))
-            if points:
-                x, y, below, above = zip(*points, strict=True)
-                label = f"on the {name} rows" + (", from the base" if method == "from_base" else "")
-                ax.errorbar(x, y, yerr=[[max(0, d) for d in below], [max(0, d) for d in above]], fmt=style, color=color,
-                            capsize=3, label=label, mfc="none" if method == "from_base" else color)
+    ax, shown = figure.add_subplot(), [v for v in versions if v.replay_share is not None]
+    for rows in ("new", "old"):
+        for from_base in (False, True):
+            draw_changes(ax, shown, rows, from_base)
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.axhline(-margin, color="C3", linewidth=0.8, linestyle=":", label="margin")
     ax.set(xlabel="share of the old rows that are seen again", ylabel="change against the version in service")

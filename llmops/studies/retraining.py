@@ -59,7 +59,7 @@ def version_figures(
            "train_seconds": seconds}
     return row | {"abilities": judged["abilities"][1:]}
 
-# %% ../../nbs/11_studies/18_retraining.ipynb #d930cb06
+# %% ../../nbs/11_studies/18_retraining.ipynb #9e8d3538
 def read_version(
     manifest: dict[str, Any],  # of the forgetting stage
     judged: dict[str, Any],  # a version, of its forgetting.json
@@ -78,9 +78,10 @@ def check_unchanged(
     "Raise `EvaluationError` when an evaluation was made again since."
     for role, used in manifest["inputs"].items():
         if input_digest(used["ref"]) != used["digest"]:
-            raise EvaluationError(f"{role}: {used['ref']} has changed since it was compared; run the forgetting stage again")
+            raise EvaluationError(f"{role}: {used['ref']} has changed since it was compared; "
+                                  "run the forgetting stage again")
 
-# %% ../../nbs/11_studies/18_retraining.ipynb #7081d96e
+# %% ../../nbs/11_studies/18_retraining.ipynb #fbecfbfd
 def run_study(
     folder: Path,  # what the forgetting stage wrote
     version: str,  # whose figures are quoted
@@ -99,8 +100,8 @@ def run_study(
     rule = question_rule(read_split(data, "train"), read_split(data, evaluation["params"]["split"]))
     keys = ("gain_share", "gain_share_low", "gain_share_high", "forgetting", "forgetting_low", "forgetting_high",
             "outcome", "new_gain", "new_gain_low", "new_gain_high", "new_accuracy", "above_coin")
-    return {"version": version, "parent": found["parent"], "margin": found["margin"], "coin": COIN, "question_rule": rule,
-            **{key: chosen[0][key] for key in keys}, "replay": rows}
+    return {"version": version, "parent": found["parent"], "margin": found["margin"], "coin": COIN,
+            "question_rule": rule, **{key: chosen[0][key] for key in keys}, "replay": rows}
 
 # %% ../../nbs/11_studies/18_retraining.ipynb #628b5c3d
 RESULTS = "nbs/results/retraining.json"
@@ -121,7 +122,7 @@ def main(
     command = f"python -m llmops.studies.retraining --forgetting {options.forgetting} --version {options.version}"
     write_json(out, {"command": command, **found})
 
-# %% ../../nbs/11_studies/18_retraining.ipynb #84666bfe
+# %% ../../nbs/11_studies/18_retraining.ipynb #73efbd9c
 def describe_study(
     found: dict[str, Any],  # as it is saved
 ) -> str:  # a Markdown table
@@ -133,8 +134,9 @@ def describe_study(
         share = "–" if row["gain_share"] is None else f"{row['gain_share']:.0%}"
         table.append([row["version"], row["method"], format_number(row["share"], 2), f"{row['new_accuracy']:.3f}",
                       f"{row['above_coin']:+.3f}", gain, share, old, row["outcome"]])
-    return markdown_table(["version", "method", "old rows seen again", "right on the new rows", "above the coin", "gain",
-                           "of the new data alone", "change on the old rows", "the old score is"], table, words=2)
+    head = ["version", "method", "old rows seen again", "right on the new rows", "above the coin", "gain",
+            "of the new data alone", "change on the old rows", "the old score is"]
+    return markdown_table(head, table, words=2)
 
 # %% ../../nbs/11_studies/18_retraining.ipynb #dc17642d
 if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a notebook
