@@ -192,7 +192,7 @@ def evaluations_path(
     made = build_folder(resolve_path("runs/.tiny/retraining"), stamp, make_tiny_versions)
     return made / ref.removeprefix("tiny:")
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #41759d57
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #0c4b0453
 @dataclass
 class Pair:
     "A version's evaluations."
@@ -212,8 +212,8 @@ def check_pairs(
             raise EvaluationError(f"{name}: the old rows are {pair.old.task.name}, the new ones {pair.new.task.name}; "
                                   "gain and loss are compared in one score, so both must be of one task")
         if pair.old.scores["protocol"]["rows_digest"] == pair.new.scores["protocol"]["rows_digest"]:
-            raise EvaluationError(f"new: {name} was asked the old questions there as well; evaluate it on the test rows "
-                                  "of the new data")
+            raise EvaluationError(f"new: {name} was asked the old questions there as well; evaluate it on the test "
+                                  "rows of the new data")
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #c0d92145
 def read_pairs(
@@ -374,10 +374,10 @@ def measure_gain(
         share = ratio_interval(*gains, cfg.seed, cfg.resamples)
     return Gain(ability, *share, *above_most_frequent(version, clusters, cfg))
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #24c7bf7c
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #16187ce0
 def read_method(
     model: Path,  # a version's folder
-) -> tuple[str, float | None]:  # method and share of old rows that were seen again; "" and None where no manifest says so
+) -> tuple[str, float | None]:  # method, share of old rows that were seen again; "" and None where nothing says so
     "How a version was re-trained."
     if not (model / "manifest.json").is_file():
         return "", None

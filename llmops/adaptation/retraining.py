@@ -10,7 +10,7 @@ __all__ = ['KIND', 'TINY_POLICY', 'POLICY_DATA', 'POLICY_STEP', 'HELD_BACK', 'Ex
            'read_texts', 'text_blocks', 'held_perplexity', 'Mixture', 'encode_mixture', 'open_start',
            'RetrainingInputs', 'resolve_inputs', 'RetrainingResult', 'write_result', 'run_retraining']
 
-# %% ../../nbs/02_adaptation/16_retraining.ipynb #b54da34a
+# %% ../../nbs/02_adaptation/16_retraining.ipynb #f7cd50a5
 import importlib.util
 import math
 import random
@@ -27,7 +27,8 @@ from llmops.adaptation.finetuning import (
     FinetuningError, FinetuningParams, TrainableModel, check_lengths, curve_callback, encode_split, fingerprint_run,
     label_loss, make_trainer, open_model, open_work, progress_callback, save_adapter, summarize_training,
     training_history)
-from ..foundation.artifacts import ArtifactError, file_digest, input_digest, json_digest, read_manifest, seal, verify
+from ..foundation.artifacts import (
+    ArtifactError, file_digest, input_digest, json_digest, read_manifest, seal, verify)
 from ..foundation.cache import build_folder
 from ..foundation.chat import encode_text
 from ..foundation.checkpoints import adapter_base, model_kind, model_path, read_config
@@ -147,7 +148,7 @@ def new_data_path(
     "Where the new data are."
     return tiny_policy() if ref == TINY_POLICY else dataset_path(ref)
 
-# %% ../../nbs/02_adaptation/16_retraining.ipynb #659ee91e
+# %% ../../nbs/02_adaptation/16_retraining.ipynb #3d8074e3
 @dataclass(frozen=True)
 class Start:
     "Where training begins."
@@ -176,8 +177,8 @@ def check_plain(
         return path
     made = read_manifest(path)["inputs"].get("model", {}) if (path / "manifest.json").is_file() else {}
     origin = f" ({made['ref']})" if made else ""
-    raise ParamError(f"{role}: {ref} is quantised ({kind}), and rounded weights are not trained on; re-train the version "
-                     f"that it was made from{origin}, and quantise what comes of it again")
+    raise ParamError(f"{role}: {ref} is quantised ({kind}), and rounded weights are not trained on; re-train the "
+                     f"version that it was made from{origin}, and quantise what comes of it again")
 
 # %% ../../nbs/02_adaptation/16_retraining.ipynb #ae9cc441
 def trained_form(
@@ -296,7 +297,7 @@ def open_all_old(
             print(f"not compared with the new data: {e}")
     return found
 
-# %% ../../nbs/02_adaptation/16_retraining.ipynb #f4ce55e4
+# %% ../../nbs/02_adaptation/16_retraining.ipynb #b37936c7
 def check_new(
     new: Path,  # the new dataset
     old: Path,  # one that the version learned
@@ -306,13 +307,13 @@ def check_new(
     tasks = [read_asked(path).task.name for path in (new, old)]
     if tasks[0] != tasks[1]:
         raise DataError(f"new_data: {name} is a dataset of {tasks[0]}, and {before}, which the model learned, of "
-                        f"{tasks[1]}; one model is asked and scored in one way: make the new data with task: {tasks[1]}")
+                        f"{tasks[1]}; one model is asked and scored in one way: make the new ones with task: {tasks[1]}")
     ids = {row["id"] for row in read_split(new, "train")}
     if input_digest(new) == input_digest(old) or ids <= {row["id"] for row in read_split(old, "train")}:
         raise DataError(f"new_data: {name} has no training row that is not in {before}: there is nothing new to learn")
     if given := ids & {row["id"] for row in read_split(old, "test")}:
-        raise DataError(f"new_data: {count_noun(len(given), 'training row')} of {name} (the first {min(given)}) are test "
-                        f"rows of {before}, so that forgetting could not be measured; make the new data with "
+        raise DataError(f"new_data: {count_noun(len(given), 'training row')} of {name} (the first {min(given)}) are "
+                        f"test rows of {before}, so that forgetting could not be measured; make the new data with "
                         f"{before}/test.jsonl among its benchmarks")
 
 # %% ../../nbs/02_adaptation/16_retraining.ipynb #bd2cdfd2
@@ -509,12 +510,12 @@ def write_result(
     shutil.rmtree(work / "checkpoints")
     return history
 
-# %% ../../nbs/02_adaptation/16_retraining.ipynb #408b2e63
+# %% ../../nbs/02_adaptation/16_retraining.ipynb #3f60e8e5
 def run_retraining(
     cfg: RetrainingParams,  # the stage's parameters
     log: Run = UNTRACKED,  # where the run is tracked
 ) -> RetrainingResult:
-    """Train the version in service on what is new, keep the weights with the best validation loss, and write an adapter.
+    """Train the version in service on what is new, keep the weights with the best validation loss, write an adapter.
 
     A run that was killed and is run again goes on from its last checkpoint to the same bytes."""
     from transformers import EarlyStoppingCallback
