@@ -134,7 +134,7 @@ def decide_outcome(
         return "undecided"
     return "kept" if low >= -margin else "lost" if high < -margin else "undecided"
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #78682c58
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #6f7c1689
 def compare_ability(
     name: str,  # what is measured
     before: Sequence[float],  # one figure per question, of the version in service
@@ -147,8 +147,8 @@ def compare_ability(
     "Compare paired figures. Raises `EvaluationError` when they do not pair."
     differences = paired_differences(after, before, name) * (-1 if lower_is_better else 1)
     change, low, high = ratio_interval(*cluster_sums(differences, clusters), cfg.seed, cfg.resamples)
-    means = (sum(map(float, values)) / len(values) for values in (before, after))
-    return Ability(name, len(before), *means, change, low, high, margin, decide_outcome(low, high, margin))
+    was, now = (sum(map(float, values)) / len(values) for values in (before, after))
+    return Ability(name, len(before), was, now, change, low, high, margin, decide_outcome(low, high, margin))
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #4766dc98
 def evaluate_tiny(
@@ -234,7 +234,7 @@ def read_pairs(
     check_pairs(pairs)
     return pairs
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #f4809a5e
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #b5ac5f72
 def row_clusters(
     evaluation: Evaluated,  # of a version
 ) -> list[str]:  # the passage's group of each question
@@ -254,13 +254,12 @@ def refusal_abilities(
         kept = [n for n, p in enumerate(parent.predictions) if p["answerable"] == answerable]
         if not kept or not parent.task.refusal:
             continue
-        rates = []
-        for e in (parent, version):
-            rates.append([float(e.predictions[n]["refused"] == answerable) for n in kept])
-        found.append(compare_ability(name, *rates, [clusters[n] for n in kept], cfg.margin, cfg, lower_is_better=True))
+        old, new = ([float(e.predictions[n]["refused"] == answerable) for n in kept] for e in (parent, version))
+        among = [clusters[n] for n in kept]
+        found.append(compare_ability(name, old, new, among, cfg.margin, cfg, lower_is_better=True))
     return found
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #94aae94c
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #8c42b07a
 def text_losses(
     evaluation: Evaluated,  # of a version on the old data, whose general texts are read
     cfg: ForgettingParams,  # perplexity_texts and perplexity_max_length
@@ -288,12 +287,12 @@ def perplexity_ability(
     if tokens != others:
         raise EvaluationError("perplexity of general text: both versions must have one tokenizer")
     change, low, high = ratio_interval([a - b for a, b in zip(old, new, strict=True)], tokens, cfg.seed, cfg.resamples)
-    means = (math.exp(sum(losses) / sum(tokens)) for losses in (old, new))
+    was, now = (math.exp(sum(losses) / sum(tokens)) for losses in (old, new))
     margin = math.log(1 + cfg.perplexity_margin)
-    return Ability("perplexity of general text", len(old), *means, change, low, high, margin,
+    return Ability("perplexity of general text", len(old), was, now, change, low, high, margin,
                    decide_outcome(low, high, margin))
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #0852fd7f
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #93496a84
 def benchmark_scores(
     folder: str,  # with a scorecard in each subfolder
 ) -> dict[str, dict[str, dict[str, float]]]:  # version -> benchmark -> question -> score
@@ -318,8 +317,8 @@ def benchmark_abilities(
     for name in before:
         ids = [i for i in before[name] if i in after.get(name, {})]
         if ids:
-            scores = [[slices[name][i] for i in ids] for slices in (before, after)]
-            found.append(compare_ability(name, *scores, ids, cfg.margin, cfg))
+            old, new = ([slices[name][i] for i in ids] for slices in (before, after))
+            found.append(compare_ability(name, old, new, ids, cfg.margin, cfg))
     return found
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #e589434f
@@ -354,7 +353,7 @@ def above_most_frequent(
         better.append(float(p[right]) - float(p["gold"] == common))
     return count / len(golds), *ratio_interval(*cluster_sums(better, clusters), cfg.seed, cfg.resamples)
 
-# %% ../../nbs/02_adaptation/17_forgetting.ipynb #490109b7
+# %% ../../nbs/02_adaptation/17_forgetting.ipynb #8fb87beb
 def measure_gain(
     parent: Evaluated,  # the version in service, on the new rows
     version: Evaluated,  # the version
@@ -368,10 +367,9 @@ def measure_gain(
     best = compare_ability(title, parent.headline, alone.headline, clusters, cfg.margin, cfg)
     share: tuple[float | None, ...] = None, None, None
     if best.low is not None and best.low > 0:
-        gains = []
-        for e in (version, alone):
-            gains.append(cluster_sums(paired_differences(e.headline, parent.headline), clusters)[0])
-        share = ratio_interval(*gains, cfg.seed, cfg.resamples)
+        gained, most = (cluster_sums(paired_differences(e.headline, parent.headline), clusters)[0]
+                        for e in (version, alone))
+        share = ratio_interval(gained, most, cfg.seed, cfg.resamples)
     return Gain(ability, *share, *above_most_frequent(version, clusters, cfg))
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #16187ce0

@@ -297,7 +297,7 @@ def open_all_old(
             print(f"not compared with the new data: {e}")
     return found
 
-# %% ../../nbs/02_adaptation/16_retraining.ipynb #b37936c7
+# %% ../../nbs/02_adaptation/16_retraining.ipynb #3461886a
 def check_new(
     new: Path,  # the new dataset
     old: Path,  # one that the version learned
@@ -307,7 +307,7 @@ def check_new(
     tasks = [read_asked(path).task.name for path in (new, old)]
     if tasks[0] != tasks[1]:
         raise DataError(f"new_data: {name} is a dataset of {tasks[0]}, and {before}, which the model learned, of "
-                        f"{tasks[1]}; one model is asked and scored in one way: make the new ones with task: {tasks[1]}")
+                        f"{tasks[1]}; one model is asked and scored in one way: make the new with task: {tasks[1]}")
     ids = {row["id"] for row in read_split(new, "train")}
     if input_digest(new) == input_digest(old) or ids <= {row["id"] for row in read_split(old, "train")}:
         raise DataError(f"new_data: {name} has no training row that is not in {before}: there is nothing new to learn")
