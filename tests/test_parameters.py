@@ -72,6 +72,13 @@ def tiny_study() -> str:
     return str(out)
 
 
+def tiny_texts() -> str:
+    file = ROOT / "runs/.tiny/texts.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"id": "a", "text": "A lost card is blocked."}\n{"id": "b", "text": "A new one is sent."}\n')
+    return str(file)
+
+
 STAGES = stage_notebooks(ROOT)
 NOBODY = {"judge_url": "http://127.0.0.1:9/v1", "judge_model": "nobody"}  # a judge that does not answer
 GIVEN: dict[
@@ -87,6 +94,8 @@ GIVEN: dict[
     },
     "retrieval.answering": {"questions": 2, "max_new_tokens": 4, "attacked_questions": 1, "resamples": 100},
     "adaptation.finetuning": {"retrieved": tiny_retrieval},
+    "adaptation.retraining": {"texts": tiny_texts, "new_rows": 4, "max_steps": 2, "eval_every": 2, "save_every": 2},
+    "adaptation.forgetting": {"resamples": 100},
     "adaptation.prompting": {"questions": 2, "samples": 2, "think_tokens": 4, "max_new_tokens": 4, "resamples": 100},
     "selection.selection": {
         "candidates": [{"name": "tiny", "model": "tiny:llama", "licence": "MIT"}],
