@@ -7,17 +7,19 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from llmops.adaptation import policy_gradient, reward_model
-from llmops.adaptation.alignment import AlignmentError, open_policy, score_pairs
+from llmops.adaptation import alignment, policy_gradient, reward_model
+from llmops.adaptation.alignment import AlignmentError, Policy, open_policy, score_pairs
 from llmops.adaptation.policy_gradient import (
     PolicyGradientParams,
     PolicyGradientResult,
     answer_questions,
+    group_advantages,
     learn_from,
     run_policy_gradient,
 )
-from llmops.adaptation.preference_losses import score_answers
+from llmops.adaptation.preference_losses import Group, score_answers
 from llmops.adaptation.preferences import read_preferences
 from llmops.adaptation.reward_model import RewardModel, RewardModelParams, RewardModelResult, run_reward_model
 from llmops.foundation.artifacts import lineage, seal, verify
@@ -46,6 +48,81 @@ def learned(out: Path, **params: object) -> tuple[PolicyGradientResult, str]:
     result = run_policy_gradient(cfg)
     kind, stage = policy_gradient.KIND, "llmops.adaptation.policy_gradient"
     return result, seal(result.work, cfg.out, kind, stage, cfg, result.inputs, result.metrics)["digest"]
+
+
+@pytest.fixture(scope="module")
+def distant() -> tuple[Policy, list[Group]]:
+    "A tiny policy that is some way from its reference, in float32, and answers to three questions."
+    cfg = policy_gradient.training_params(PolicyGradientParams(**{**POLICY, "out": "x"}))  # type: ignore[arg-type]
+    with patch.object(alignment, "load_model", lambda place, train: load_model(place, train=train, dtype="float32")):
+        policy = open_policy(cfg, model_path("tiny:llama"))
+    torch.manual_seed(0)
+    for name, parameter in policy.model.named_parameters():
+        if f"lora_B.{alignment.ALIGNED}" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    policy.model.eval()
+    return policy, alignment.encode_pairs(cfg, policy, read_preferences("tiny:preferences", "train")[:3], "train")[1]
+
+
+def gradients(policy: Policy) -> torch.Tensor:
+    "What was filled, as one vector, and emptied again."
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    found = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]
+    policy.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("method, beta", [("grpo", 0.04), ("grpo", 0.0), ("rloo", 0.0)])
+def test_the_gradient_is_that_of_trl(
+    method: Any, beta: float, distant: tuple[Policy, list[Group]], tmp_path: Path
+) -> None:
+    import trl
+    from datasets import Dataset
+
+    policy, groups = distant
+    cfg = PolicyGradientParams(**{**POLICY, "method": method, "beta": beta, "out": "x"})  # type: ignore[arg-type]
+    rewards = [[1.0, 0.0], [0.5, math.nan], [0.2, 0.7]]
+    ours = learn_from(cfg, policy, groups, rewards)
+    own = gradients(policy)
+    config, build = getattr(trl, f"{method.upper()}Config"), getattr(trl, f"{method.upper()}Trainer")
+    kind = {"loss_type": "grpo"} if method == "grpo" else {}
+    args = config(output_dir=str(tmp_path), beta=beta, num_generations=2, per_device_train_batch_size=2, use_cpu=True,
+                  bf16=False, gradient_checkpointing=False, report_to="none", **kind)  # fmt: skip
+    model, _ = load_model("tiny:llama", dtype="float32")
+    data = Dataset.from_list([{"prompt": "a"}])
+    trainer = build(model, lambda **told: [0.0], args, data, processing_class=policy.tokenizer)
+    trainer.model.eval()
+    pad = policy.tokenizer.pad_token_id
+    answers = [torch.tensor(answer) for group in groups for answer in group.answers]
+    prompts = [torch.tensor(group.prompt) for group in groups for _ in group.answers]
+    left = {"batch_first": True, "padding_side": "left"}
+    inputs = {
+        "prompt_ids": pad_sequence(prompts, padding_value=pad, **left),
+        "prompt_mask": pad_sequence([torch.ones_like(p) for p in prompts], **left),
+        "completion_ids": pad_sequence(answers, batch_first=True, padding_value=pad),
+        "completion_mask": pad_sequence([torch.ones_like(a) for a in answers], batch_first=True),
+        "advantages": torch.tensor([a for group in rewards for a in group_advantages(group, method)]),
+    }
+    whole = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+
+    def plain(*_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor, None]:  # their fused head needs Triton
+        first = inputs["prompt_ids"].shape[1]
+        scores = policy.model(input_ids=whole, attention_mask=seen).logits[:, first - 1 : -1].log_softmax(-1)
+        return scores.gather(2, whole[:, first:, None])[..., 0], -(scores.exp() * scores).sum(-1), None
+
+    trainer._get_per_token_logps_and_entropies = plain
+    with torch.no_grad():
+        inputs["old_logps"] = (plain()[0] * inputs["completion_mask"]).sum(1)
+        with policy.reference():
+            inputs["ref_per_token_logps"] = plain()[0]
+    theirs = trainer._compute_loss(policy.model, inputs)
+    theirs.backward()
+    other = gradients(policy)
+    if method == "grpo":  # RLOO's value is -advantage for any policy
+        assert ours["loss"] == pytest.approx(float(theirs.detach()), abs=2e-4)
+    assert own.norm() > 1e-3
+    assert float((own - other).norm() / other.norm()) < 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -169,8 +169,7 @@ def group_advantages(
     if len(known) < 2 or max(known) == min(known):
         return [0.0] * len(rewards)
     mean = fmean(known)
-    spread = math.sqrt(fmean((reward - mean) ** 2 for reward in known))
-    scale = 1 / (spread + 1e-4) if method == "grpo" else len(known) / (len(known) - 1)
+    scale = 1 / (stdev(known) + 1e-4) if method == "grpo" else len(known) / (len(known) - 1)
     return [0.0 if math.isnan(reward) else (reward - mean) * scale for reward in rewards]
 
 
@@ -193,8 +192,8 @@ def policy_loss(
     import torch
     difference = reference - own.tokens
     kl = torch.exp(difference) - difference - 1
-    push = advantages[owners] * torch.exp(own.tokens - own.tokens.detach())  # 1, with the gradient of the logarithm
-    each = -push + beta * kl
+    ratio = torch.exp(own.tokens - own.tokens.detach())  # 1, with the gradient of the logarithm
+    each = ratio * (beta * kl - advantages[owners])
     summed = torch.zeros(len(own.counts), device=each.device).index_add(0, owners, each)
     loss = (summed / own.counts).mean() if method == "grpo" else summed.mean()
     return loss, kl.detach().mean()
