@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KIND', 'ALIGNED', 'TUNED', 'AlignmentParams', 'AlignmentError', 'AlignmentInputs', 'resolve_inputs', 'Policy',
            'switch_on', 'adapter_config', 'open_policy', 'trained_method', 'score_pairs', 'check_reference',
-           'choose_pairs', 'encode_pairs', 'with_foreign_answer', 'pair_scores', 'forward_pairs', 'pair_figures',
-           'train_step', 'compare_pairs', 'validate_pairs', 'show_answers', 'State', 'Trainer', 'make_trainer',
-           'save_checkpoint', 'load_checkpoint', 'step_groups', 'apply_gradients', 'take_step', 'look', 'stop_at',
-           'train_policy', 'one_adapter', 'AlignmentResult', 'summarize_alignment', 'write_policy', 'run_alignment',
-           'plot_alignment']
+           'balance_mistakes', 'choose_pairs', 'encode_pairs', 'with_foreign_answer', 'pair_scores', 'forward_pairs',
+           'pair_figures', 'train_step', 'compare_pairs', 'validate_pairs', 'show_answers', 'State', 'Trainer',
+           'make_trainer', 'save_checkpoint', 'load_checkpoint', 'step_groups', 'apply_gradients', 'take_step', 'look',
+           'stop_at', 'train_policy', 'one_adapter', 'AlignmentResult', 'summarize_alignment', 'write_policy',
+           'run_alignment', 'plot_alignment']
 
 # %% ../../nbs/02_adaptation/13_alignment.ipynb #74a0ef73
 import json
@@ -59,6 +59,7 @@ class AlignmentParams:
     preferences: str = "tiny:preferences"  # a preferences artifact's folder, or tiny:preferences
     sources: list[Source] = field(default_factory=list)  # only pairs of these sources; none: all
     pairs: Annotated[int, Field(ge=0)] = 0  # at most so many training pairs, drawn by the seed; 0 takes all
+    balance_refusals: bool = True  # as many pairs where refusing is better as pairs where it is worse
     loss: Loss = "dpo"  # dpo, ipo, kto, orpo, or sft: only the chosen answers, as a control
     beta: Annotated[float, Field(gt=0)] = 0.1  # how strongly it is held to the reference; orpo: weight of the odds
     sft_weight: Annotated[float, Field(ge=0)] = 0.0  # of the chosen answers' likelihood, added to dpo, ipo and kto
@@ -251,8 +252,19 @@ def check_reference(
     return difference
 
 # %% ../../nbs/02_adaptation/13_alignment.ipynb #1b55ef0e
+def balance_mistakes(
+    rows: Sequence[Row],  # pairs, with `mistake` where it is known
+    seed: int,  # of the draw
+) -> list[Row]:  # in the same order
+    "Leave out, by the seed, pairs of the more frequent kind: refusing is better, or it is worse."
+    kinds = [[n for n, row in enumerate(rows) if row.get("mistake") == kind] for kind in ("hallucinated", "refused")]
+    fewer = min(map(len, kinds))
+    kept = {n for places in kinds for n in random.Random(seed).sample(places, fewer)}
+    return [row for n, row in enumerate(rows) if n in kept or row.get("mistake") not in ("hallucinated", "refused")]
+
+# %% ../../nbs/02_adaptation/13_alignment.ipynb #772a47d5
 def choose_pairs(
-    cfg: AlignmentParams,  # sources, pairs, seed
+    cfg: AlignmentParams,  # sources, balance_refusals, pairs, seed
     place: Path,  # a preferences artifact
 ) -> tuple[list[Row], list[Row]]:  # training and validation pairs
     "The pairs of an artifact that are wanted. Raises `DataError` when there is none to train on."
@@ -260,10 +272,13 @@ def choose_pairs(
     for split in ("train", "valid"):
         rows = read_preferences(place, split)
         kept.append([row for row in rows if not cfg.sources or row["source"] in cfg.sources])
-    train, valid = kept
-    if not train:
+    if not kept[0]:
         raise DataError(f"sources: {relative_path(place)} has no training pair of "
                         f"{', '.join(cfg.sources) or 'any source'}")
+    train, valid = [balance_mistakes(rows, cfg.seed) for rows in kept] if cfg.balance_refusals else kept
+    if not train:
+        raise DataError(f"balance_refusals: in all {len(kept[0])} training pairs of {relative_path(place)} refusing is "
+                        "better, or in all of them worse; gather pairs of the other kind, or set it to false")
     if cfg.pairs and cfg.pairs < len(train):
         train = random.Random(cfg.seed).sample(train, cfg.pairs)
     if not valid:

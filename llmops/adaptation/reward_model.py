@@ -76,8 +76,8 @@ def training_params(
 ) -> AlignmentParams:  # the same, as alignment's functions take them
     "What a reward model shares with alignment: model, pairs, adapter, and steps."
     return AlignmentParams(
-        model=cfg.model, preferences=cfg.preferences, sources=cfg.sources, pairs=cfg.pairs, rank=cfg.rank,
-        alpha=cfg.alpha, learning_rate=cfg.learning_rate, epochs=cfg.epochs, max_steps=cfg.max_steps,
+        model=cfg.model, preferences=cfg.preferences, sources=cfg.sources, pairs=cfg.pairs, balance_refusals=False,
+        rank=cfg.rank, alpha=cfg.alpha, learning_rate=cfg.learning_rate, epochs=cfg.epochs, max_steps=cfg.max_steps,
         batch_size=cfg.batch_size, micro_batch_size=cfg.micro_batch_size, max_length=cfg.max_length,
         too_long=cfg.too_long, eval_pairs=cfg.held_out, seed=cfg.seed)
 
