@@ -362,6 +362,7 @@ def grouped_sampler(
 def trainer_class(
     lengths: list[int],  # tokens of each training example
     cfg: FinetuningParams,  # micro_tokens, and what `grouped_sampler` reads
+    loss: Any = None,  # (model, inputs, count, step) -> loss; None for `label_loss`
 ) -> Any:  # a subclass of trl.SFTTrainer
     "`SFTTrainer` with this notebook's order of rows, loss, and parts of a micro-batch."
     from trl import SFTTrainer
@@ -373,7 +374,9 @@ def trainer_class(
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
                          num_items_in_batch: Any = None) -> Any:
             averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-            return label_loss(model, inputs, num_items_in_batch) * (self.accelerator.num_processes if averaged else 1)
+            made = (loss(model, inputs, num_items_in_batch, self.state.global_step) if loss else
+                    label_loss(model, inputs, num_items_in_batch))
+            return made * (self.accelerator.num_processes if averaged else 1)
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             losses = []
@@ -394,12 +397,13 @@ def make_trainer(
     valid: list[dict[str, list[int]]],  # examples to validate on; may be empty
     folder: Path,  # where checkpoints go
     callbacks: list[Any] | None = None,  # transformers' callbacks
+    loss: Any = None,  # (model, inputs, count, step) -> loss; None for `label_loss`
 ) -> Any:  # a trl.SFTTrainer
     "The trainer for examples that are tokens already."
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
-    Trainer = trainer_class([len(example["input_ids"]) for example in train], cfg)
+    Trainer = trainer_class([len(example["input_ids"]) for example in train], cfg, loss)
     args = training_arguments(cfg, total_steps(cfg, len(train)), bool(valid), folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT still reads it

@@ -267,12 +267,13 @@ def max_logprob_difference(
     after: list["torch.Tensor"],  # the same rows from another model
 ) -> float:  # in nats, over tokens that either model gives at least one in a thousand
     "The largest difference between two models' log-probabilities where it matters."
-    largest = 0.0
+    import torch
+    largest = []
     for a, b in zip(before, after, strict=True):
         likely = (a > -6.9) | (b > -6.9)
         difference = (a - b).abs()
-        largest = max(largest, (difference[likely] if likely.any() else difference).max().item())
-    return largest
+        largest.append((difference[likely] if likely.any() else difference).max())
+    return torch.stack(largest).max().item()  # not a number where one of them is none
 
 # %% ../../nbs/07_compression/01_merging.ipynb #2e3b0c49
 def mean_kl(

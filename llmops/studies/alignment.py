@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['RESULTS', 'FIGURES', 'refusal_figures', 'refusal_logprobs', 'refusal_scores', 'refuse_below', 'free_curve',
            'matched_threshold', 'mean_over_seeds', 'paired_delta', 'win_rate', 'length_controlled', 'arm_figures',
-           'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'reward_figures',
+           'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'artifact_metrics',
            'figure_rows', 'describe_dpo', 'main']
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #d36b2774
@@ -324,13 +324,14 @@ def measure_arms(
     return results
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #5ad859ed
-def reward_figures(
-    folder: str,  # a reward model's artifact
+def artifact_metrics(
+    folder: str,  # an artifact's folder
+    stage: str,  # what makes it
 ) -> dict[str, Any]:  # its metrics
-    "What a reward model is worth. Raises `ArtifactError` where there is none."
+    "The figures of a sealed run. Raises `ArtifactError` where there is none."
     path = resolve_path(folder) / "metrics.json"
     if not path.is_file():
-        raise ArtifactError(f"{folder}: no reward model; run the reward model's stage first")
+        raise ArtifactError(f"{folder}: no figures; run the stage {stage} first")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -384,6 +385,7 @@ def main(
     parser.add_argument("arms", nargs="*", help="NAME=FOLDER[,FOLDER...]: evaluations of an arm, one per seed")
     parser.add_argument("--data", default="runs/data", help="the dataset that they were evaluated on")
     parser.add_argument("--reward-model", default="", help="a reward model's artifact")
+    parser.add_argument("--preferences", default="", help="the preferences that the arms were trained on")
     parser.add_argument("--speed", nargs=2, metavar=("MODEL", "PREFERENCES"), help="time DPO here and with TRL")
     parser.add_argument("--out", default=RESULTS, help="where the figures go")
     args = parser.parse_args(argv)
@@ -394,7 +396,9 @@ def main(
             arms_of_one = "f1" not in figures
             kept[name] = kept.get(name, {}) | figures if arms_of_one else figures
     if args.reward_model:
-        kept["reward_model"] = reward_figures(args.reward_model)
+        kept["reward_model"] = artifact_metrics(args.reward_model, "reward model")
+    if args.preferences:
+        kept["preferences"] = artifact_metrics(args.preferences, "preferences")
     if args.speed:
         kept["speed"] = compare_with_trl(*args.speed)
     command = f"python -m llmops.studies.alignment {shlex.join(sys.argv[1:] if argv is None else argv)}"
