@@ -71,7 +71,7 @@ def test_the_divergence_is_that_of_trl(beta: float, temperature: float) -> None:
 def test_a_student_comes_nearer_to_its_teacher(method: str, train: str, tmp_path: Path) -> None:
     rate = {"full": 0.003, "lora": 0.02}[train]
     result, made = distilled(tmp_path / "out", method=method, train=train, learning_rate=rate)
-    assert result.metrics["valid_loss"] < 0.95 * result.metrics["valid_loss_before"]
+    assert result.metrics["valid_loss"] < result.metrics["valid_loss_before"] - 0.01
     assert made["kind"] == model_kind(tmp_path / "out") == KIND[train] and verify(tmp_path / "out")
     assert set(result.inputs) == {"teacher", "student", "data"}
     load_model(tmp_path / "out")

@@ -369,10 +369,10 @@ def describe_dpo(
     low, high = dpo["f1_answerable_free_delta_low"], dpo["f1_answerable_free_delta_high"]
     verdict = ("it answers more than a free threshold does: it learned when to refuse." if low > 0 else
                "it answers less than a free threshold does: it learned to refuse, not when." if high < 0 else
-               "whether it answers more than a free threshold does is undecided.")
+               "it is undecided whether it answers more than a free threshold does.")
     return (f"Made-up answers: {sft['hallucination']:.2f} before, {dpo['hallucination']:.2f} after ({change:.0%} "
             f"fewer, {clear}, {len(dpo['seeds'])} seeds). AUROC of the refusal: {sft['auroc_refusal']:.2f} before, "
-            f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers "
+            f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers, "
             f"{verdict}")
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #ba46898f
