@@ -107,8 +107,8 @@ def test_killed_and_resumed_gives_the_same_bytes_with_the_students_own_answers(t
     assert run_apart(told, kill_at=4).returncode == -signal.SIGKILL
     resumed = run_apart(told)
     assert "continuing from step" in resumed.stdout, resumed.stdout + resumed.stderr
-    _, whole = distilled(tmp_path / "whole", **{k: v for k, v in told.items() if k != "out"})
-    assert resumed.stdout.split()[-1] == whole["digest"]
+    whole = run_apart(told | {"out": str(tmp_path / "whole")})  # another process, as sums depend on what ran before
+    assert whole.returncode == 0 and resumed.stdout.split()[-1] == whole.stdout.split()[-1]
 
 
 def test_models_with_other_tokens_learn_from_answers_only(tmp_path: Path) -> None:
