@@ -1,11 +1,13 @@
 """What several test files use: a copy of the project to run things in, and a quiet, offline environment."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,26 @@ def copy_project(to: Path) -> Path:
     for args in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "copy"]):
         subprocess.run([*git, *args], cwd=to, check=True)
     return to
+
+
+def run_apart(module: str, cfg: dict[str, Any], kill_at: int | None = None) -> subprocess.CompletedProcess[str]:
+    "Run a stage and seal it in a process of its own, which kills itself when it logs a step; the digest comes last."
+    name = module.rpartition(".")[2]
+    code = (
+        "import importlib, json, os, signal, sys\n"
+        "from llmops.foundation.artifacts import seal\n"
+        "from llmops.foundation.tracking import Run\n"
+        f"stage, kill_at = importlib.import_module({module!r}), json.loads(sys.argv[2])\n"
+        f"cfg = stage.{name.capitalize()}Params(**json.loads(sys.argv[1]))\n"
+        "class Killer(Run):\n"
+        "    def log(self, values, step=None):\n"
+        "        if step == kill_at: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"result = stage.run_{name}(cfg, Killer())\n"
+        "kind = stage.KIND if isinstance(stage.KIND, str) else stage.KIND[cfg.train]\n"
+        f"print(seal(result.work, cfg.out, kind, {module!r}, cfg, result.inputs)['digest'])\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(cfg), json.dumps(kill_at)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=copy_env(ROOT))
 
 
 def copy_env(project: Path) -> dict[str, str]:

@@ -1,17 +1,12 @@
 """Distillation: real divergences, a student that gets nearer to its teacher, guards, and the same bytes after a kill."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_apart
 from starlette.requests import Request
 from starlette.responses import Response
 from wire_servers import Wire, fault, run_app
@@ -33,6 +28,7 @@ from llmops.foundation.models import load_model
 from llmops.foundation.project import ParamError
 from llmops.foundation.tiny import tiny_model
 
+STAGE = "llmops.compression.distillation"
 SMALL = {"learning_rate": 0.003, "epochs": 9.0, "max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "eval_every": 2,
          "save_every": 2, "patience": 9, "max_new_tokens": 4, "rank": 4, "alpha": 8, "wandb": "disabled"}  # fmt: skip
 
@@ -41,17 +37,7 @@ def distilled(out: Path, **params: Any) -> tuple[DistillationResult, dict[str, A
     "Run and seal, as the stage's notebook does."
     cfg = DistillationParams(**{**SMALL, **params, "out": str(out)})
     result = run_distillation(cfg)
-    stage = "llmops.compression.distillation"
-    return result, seal(result.work, cfg.out, KIND[cfg.train], stage, cfg, result.inputs, result.metrics)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    "As many threads as the processes that are started here: sums depend on how they are shared out."
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    return result, seal(result.work, cfg.out, KIND[cfg.train], STAGE, cfg, result.inputs, result.metrics)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -82,32 +68,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> N
     assert result.metrics["valid_loss_before"] == pytest.approx(0.0, abs=1e-5)
 
 
-def run_apart(cfg: dict[str, Any], kill_at: int | None = None) -> subprocess.CompletedProcess[str]:
-    "Run the stage and seal it in a process of its own, which kills itself when it logs a step."
-    code = (
-        "import json, os, signal, sys\n"
-        "from llmops.compression.distillation import KIND, DistillationParams, run_distillation\n"
-        "from llmops.foundation.artifacts import seal\n"
-        "from llmops.foundation.tracking import Run\n"
-        "cfg, kill_at = DistillationParams(**json.loads(sys.argv[1])), json.loads(sys.argv[2])\n"
-        "class Killer(Run):\n"
-        "    def log(self, values, step=None):\n"
-        "        if step == kill_at: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "result = run_distillation(cfg, Killer())\n"
-        "print(seal(result.work, cfg.out, KIND[cfg.train], 'llmops.compression.distillation', cfg, result.inputs)['digest'])\n"
-    )
-    command = [sys.executable, "-c", code, json.dumps(cfg), json.dumps(kill_at)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-
-
 def test_killed_and_resumed_gives_the_same_bytes_with_the_students_own_answers(tmp_path: Path) -> None:
     told = SMALL | {"method": "on_policy", "train": "lora", "max_steps": 5, "out": str(tmp_path / "killed")}
-    assert run_apart(told, kill_at=4).returncode == -signal.SIGKILL
-    resumed = run_apart(told)
+    assert run_apart(STAGE, told, kill_at=4).returncode == -signal.SIGKILL
+    resumed = run_apart(STAGE, told)
     assert "continuing from step" in resumed.stdout, resumed.stdout + resumed.stderr
-    whole = run_apart(told | {"out": str(tmp_path / "whole")})  # another process, as sums depend on what ran before
+    whole = run_apart(
+        STAGE, told | {"out": str(tmp_path / "whole")}
+    )  # another process, as sums depend on what ran before
     assert whole.returncode == 0 and resumed.stdout.split()[-1] == whole.stdout.split()[-1]
 
 

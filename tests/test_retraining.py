@@ -1,17 +1,14 @@
 """Re-training: only data that are new and whole, only weights that can be trained on, the same bytes again, an honest verdict."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import run_apart
 
 from llmops.adaptation.finetuning import FinetuningParams, run_finetuning
 from llmops.adaptation.forgetting import (
@@ -42,6 +39,7 @@ from llmops.foundation.reading import write_jsonl
 from llmops.foundation.stats import EvaluationError
 from llmops.foundation.tiny import tiny_model
 
+STAGE = "llmops.adaptation.retraining"
 SMALL: dict[str, Any] = dict(
     max_steps=4, batch_size=4, micro_batch_size=2, eval_every=2, save_every=2, rank=4, wandb="disabled"
 )
@@ -96,7 +94,7 @@ def refuse(cfg: RetrainingParams, error: type[Exception], *words: str) -> None:
 def test_the_lineage_names_what_is_replayed(place: Path) -> None:
     cfg = params(place, out=f"{place}/replayed")
     result = run_retraining(cfg)
-    manifest = seal(result.work, cfg.out, KIND, "llmops.adaptation.retraining", cfg, result.inputs)
+    manifest = seal(result.work, cfg.out, KIND, STAGE, cfg, result.inputs)
     old, new = (read_manifest(path)["digest"] for path in (place / "data", new_data_path("tiny:policy")))
     parent = read_manifest(place / "lora")["digest"]
     assert manifest["inputs"]["old_data 1"]["digest"] == old and manifest["inputs"]["new_data"]["digest"] == new
@@ -212,34 +210,14 @@ def test_from_base_begins_where_the_version_began(place: Path) -> None:
     assert mixture.counts["old_rows"] == len(read_split(place / "data", "train"))
 
 
-def run_apart(cfg: dict[str, Any], kill_at: int | None = None) -> subprocess.CompletedProcess[str]:
-    "Run the stage and seal it in a process of its own, which kills itself when it logs a step."
-    code = (
-        "import json, os, signal, sys\n"
-        "from llmops.adaptation.retraining import KIND, RetrainingParams, run_retraining\n"
-        "from llmops.foundation.artifacts import seal\n"
-        "from llmops.foundation.tracking import Run\n"
-        "cfg, kill_at = RetrainingParams(**json.loads(sys.argv[1])), json.loads(sys.argv[2])\n"
-        "class Killer(Run):\n"
-        "    def log(self, values, step=None):\n"
-        "        if step == kill_at: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "result = run_retraining(cfg, Killer())\n"
-        "print(seal(result.work, cfg.out, KIND, 'llmops.adaptation.retraining', cfg, result.inputs)['digest'])\n"
-    )
-    command = [sys.executable, "-c", code, json.dumps(cfg), json.dumps(kill_at)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-
-
 def test_killed_and_resumed_gives_the_same_digests(place: Path) -> None:
     told = SMALL | {"model": f"{place}/lora", "old_data": [], "out": f"{place}/killed", "learning_rate": 0.01}
-    assert run_apart(told, kill_at=3).returncode == -signal.SIGKILL
-    resumed = run_apart(told)
+    assert run_apart(STAGE, told, kill_at=3).returncode == -signal.SIGKILL
+    resumed = run_apart(STAGE, told)
     assert "continuing from step 2" in resumed.stdout, resumed.stdout + resumed.stderr
     cfg = RetrainingParams(**told | {"out": f"{place}/whole"})  # in this process, without a stop
     result = run_retraining(cfg)
-    whole = seal(result.work, cfg.out, KIND, "llmops.adaptation.retraining", cfg, result.inputs)
+    whole = seal(result.work, cfg.out, KIND, STAGE, cfg, result.inputs)
     assert resumed.stdout.split()[-1] == whole["digest"]
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from .retraining import RetrainingParams, run_retraining, tiny_policy
+from .retraining import RetrainingParams, old_share, run_retraining, tiny_policy
 from ..decision.comparison import paired_differences
 from ..evaluation.metrics import MetricsParams, run_metrics
 from ..evaluation.scores import evaluated_rows, read_scores
@@ -384,7 +384,7 @@ def read_method(
         made = manifest["inputs"].get("adapter")
         return read_method(resolve_path(made["ref"])) if made else ("", None)
     method = manifest["params"]["method"]
-    return method, {"continue": 0.0, "replay": manifest["params"]["replay_share"], "from_base": 1.0}[method]
+    return method, old_share(method, manifest["params"]["replay_share"])
 
 # %% ../../nbs/02_adaptation/17_forgetting.ipynb #e6d13b4f
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from ..foundation.chat import encode_completion, encode_prompt
 from ..foundation.console import quiet_transformers
 from ..foundation.datasets import dataset_path
 from ..foundation.generation import (
-    answer_length, context_length, generate, generate_batch, left_pad, stop_tokens)
+    context_length, draw_answers, generate)
 from ..foundation.project import ParamError, from_cell, resolve_path, stage_params
 from ..foundation.reading import DataError, Row
 from ..foundation.tasks import Asked, read_asked
@@ -237,13 +237,9 @@ def answer_questions(
     rows: Sequence[Row],  # questions
 ) -> tuple[list[Group], list[list[str]]]:  # the answers to each as the tokens that were drawn, and as texts
     "Draw a group of answers to every question. An answer that was cut off has no token that ends it."
-    model, tokenizer = policy.model, policy.tokenizer
-    stop, prompts = stop_tokens(model, tokenizer), [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    tokenizer, prompts = policy.tokenizer, [encode_prompt(policy.tokenizer, row["prompt"]) for row in rows]
     repeated = [prompt for prompt in prompts for _ in range(cfg.group_size)]
-    inputs = left_pad(repeated, tokenizer.pad_token_id, model.device)
-    drawn, _ = generate_batch(model, inputs, cfg.max_new_tokens, tokenizer.pad_token_id, stop,
-                              temperature=cfg.temperature)
-    answers = [tokens[:answer_length(tokens, stop)].tolist() for tokens in drawn]
+    answers = draw_answers(policy.model, tokenizer, repeated, cfg.max_new_tokens, cfg.temperature)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     size, groups = cfg.group_size, list[Group]()
     for n, prompt in enumerate(prompts):

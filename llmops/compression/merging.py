@@ -282,7 +282,7 @@ def mean_kl(
 ) -> float:  # nats per token, 0 or more
     "Mean KL divergence from the trained to the merged model."
     import torch
-    return max(0.0, kl_divergence(torch.cat(trained), torch.cat(merged)).mean().item())
+    return kl_divergence(torch.cat(trained), torch.cat(merged)).mean().clamp(min=0).item()
 
 # %% ../../nbs/07_compression/01_merging.ipynb #44712a33
 def answer_logprobs(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KIND', 'READERS', 'PER_LAYER', 'WIDTHS', 'PruningParams', 'pieces_kept', 'model_blocks', 'find_mlp', 'mlp_parts',
            'find_attention', 'Plan', 'plan_mlp', 'plan_heads', 'head_size', 'plan_pruning', 'Importance',
-           'column_norms', 'head_scores', 'hooked', 'watch_readers', 'watch_blocks', 'read_rows', 'block_norm',
-           'width_scores', 'random_scores', 'measure_importance', 'Kept', 'largest', 'choose_pieces', 'head_inputs',
-           'zero_all_but', 'pass_through', 'mask_pieces', 'cut_linear', 'cut_heads', 'cut_config', 'prune_model',
-           'PruningError', 'check_pruned', 'PruningResult', 'resolve_inputs', 'answer_scores', 'stored_dtype',
-           'Measured', 'measure_source', 'count_parameters', 'write_pruned', 'check_written', 'run_pruning']
+           'column_norms', 'head_scores', 'hooked', 'block_input', 'watch_readers', 'watch_blocks', 'read_rows',
+           'block_norm', 'width_scores', 'random_scores', 'measure_importance', 'Kept', 'largest', 'choose_pieces',
+           'head_inputs', 'zero_all_but', 'pass_through', 'mask_pieces', 'cut_linear', 'cut_heads', 'cut_config',
+           'prune_model', 'PruningError', 'check_pruned', 'PruningResult', 'resolve_inputs', 'stored_dtype', 'Measured',
+           'measure_source', 'count_parameters', 'write_pruned', 'check_written', 'run_pruning']
 
 # %% ../../nbs/07_compression/05_pruning.ipynb #6b9ae7a0
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from .merging import TOLERANCE, max_logprob_difference
-from .quantization import calibration_rows, compare_logprobs
+from .merging import TOLERANCE, answer_logprobs, max_logprob_difference
+from .quantization import calibration_rows, compare_logprobs, unquantized_folder
 from ..foundation.architectures import describe_experts, expert_shapes
-from ..foundation.artifacts import ArtifactError, seal, working_folder
-from ..foundation.checkpoints import check_model_folder, model_kind, model_path, read_config, size_mb
+from ..foundation.artifacts import seal, working_folder
+from ..foundation.checkpoints import check_model_folder, read_config, size_mb
 from ..foundation.datasets import dataset_path, read_split
-from ..foundation.generation import completion_logprobs, perplexity
+from ..foundation.generation import perplexity
 from ..foundation.memory import meta_model
 from ..foundation.models import default_dtype, load_model
 from ..foundation.needs import Workload, announce_stage
-from ..foundation.project import ParamError, from_cell, relative_path, seed_everything, stage_params
+from ..foundation.project import ParamError, from_cell, seed_everything, stage_params
 from ..foundation.report import write_json
 from ..foundation.saving import save_model
 from ..foundation.tracking import UNTRACKED, Run, track
@@ -219,7 +219,7 @@ def head_scores(
 # %% ../../nbs/07_compression/05_pruning.ipynb #944ae894
 @contextmanager
 def hooked(
-    handles: list[Any],  # of torch's hooks; more may be added in the block
+    handles: list[Any],  # of torch's hooks
 ) -> Iterator[None]:
     "Take hooks off again."
     try:
@@ -227,6 +227,14 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def block_input(
+    args: tuple[Any, ...],  # a layer's arguments, as a hook sees them
+    kwargs: dict[str, Any],  # those with a name
+) -> "torch.Tensor":  # [rows, tokens, width]
+    "What a layer of the decoder was given."
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def watch_readers(
@@ -255,8 +263,7 @@ def watch_blocks(
 
     def watch(number: int) -> Any:
         def after(_: Any, args: Any, kwargs: Any, made: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            made = made if isinstance(made, torch.Tensor) else made[0]
+            given, made = block_input(args, kwargs), made if isinstance(made, torch.Tensor) else made[0]
             same = torch.nn.functional.cosine_similarity(given.float(), made.float(), dim=-1)
             changes[number] += float((1 - same).double().sum())
         return after
@@ -400,7 +407,7 @@ def pass_through(
     import torch
 
     def after(_: Any, args: Any, kwargs: Any, made: Any) -> Any:
-        given = args[0] if args else kwargs["hidden_states"]
+        given = block_input(args, kwargs)
         return given if isinstance(made, torch.Tensor) else (given, *made[1:])
 
     return block.register_forward_hook(after, with_kwargs=True)
@@ -532,23 +539,9 @@ def resolve_inputs(
     cfg: PruningParams,  # model, data
 ) -> tuple[dict[str, str | Path], Plan]:  # role -> folder, and what will be left
     "The stage's references as folders. Raises `ParamError` when the model cannot be pruned so."
-    folder = model_path(cfg.model)
-    kind = model_kind(folder)
-    if kind != "model":
-        raise ParamError(f"model: {cfg.model} is of kind {kind}; only an unquantised model folder can be pruned "
-                         "(import or merge it first)")
+    folder = unquantized_folder(cfg.model, "pruned")
     check_model_folder(folder)
     return {"model": folder, "data": dataset_path(cfg.data)}, plan_pruning(cfg, meta_model(folder))
-
-
-def answer_scores(
-    model: Any,  # a causal LM
-    tokenizer: Any,  # its tokenizer
-    rows: list[dict[str, Any]],  # rows of a split
-) -> list["torch.Tensor"]:  # per row [tokens, vocabulary]
-    "A model's log-probabilities at each token of the reference answers."
-    return completion_logprobs(model, tokenizer, [row["prompt"] for row in rows], [row["answer"] for row in rows],
-                               batch_size=4, progress=False)
 
 
 def stored_dtype(
@@ -584,9 +577,9 @@ def measure_source(
     kept = choose_pieces(plan, found)
     pieces = [{"layer": n, "importance": value, "kept": n in kept.layers} for n, value in enumerate(found.layers)]
     before = perplexity(model, tokenizer, texts, progress=False) if texts else None
-    whole = answer_scores(model, tokenizer, rows)
+    whole = answer_logprobs(model, tokenizer, rows)
     with hooked(mask_pieces(model, kept)):
-        masked = answer_scores(model, tokenizer, rows)
+        masked = answer_logprobs(model, tokenizer, rows)
     return Measured(kept, pieces, whole, masked, before, count_parameters(model))
 
 
@@ -616,9 +609,10 @@ def check_written(
 ) -> dict[str, float]:  # parameters, parameters_share, size_mb, kl, top1_agreement, difference, and perplexities
     "Reopen what was written. Raises `PruningError` when it is not its source without the pieces."
     model, tokenizer = load_model(work)
-    after = answer_scores(model, tokenizer, rows)
+    after = answer_logprobs(model, tokenizer, rows)
+    parameters = count_parameters(model)
     metrics = {"difference": check_pruned(measured.masked, after, default_dtype()), "size_mb": size_mb(work),
-               "parameters": count_parameters(model), "parameters_share": count_parameters(model) / measured.parameters}
+               "parameters": parameters, "parameters_share": parameters / measured.parameters}
     metrics |= compare_logprobs(measured.whole, after)
     if measured.perplexity is not None:
         metrics |= {"text_perplexity_before": measured.perplexity,

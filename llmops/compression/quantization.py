@@ -10,8 +10,8 @@ __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'Quantization
            'quantize_auto_gptq', 'checkpoint_tensors', 'write_configs', 'clear_folder', 'written_tensors',
            'write_checkpoint', 'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes',
            'check_layers', 'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
-           'check_kernels', 'check_source_for', 'describe_source', 'QuantizationResult', 'resolve_inputs',
-           'run_quantization']
+           'check_kernels', 'check_source_for', 'describe_source', 'QuantizationResult', 'unquantized_folder',
+           'resolve_inputs', 'run_quantization']
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #560ee9d9
 import json
@@ -658,15 +658,24 @@ class QuantizationResult:
     history: list[dict[str, float]]  # losses of the compensation's steps
 
 
+def unquantized_folder(
+    ref: str,  # a model's reference
+    purpose: str,  # what is to be done with it, as in "quantised"
+) -> Path:
+    "A model's folder. Raises `ParamError` for an adapter and for one that is quantised."
+    folder = model_path(ref)
+    kind = model_kind(folder)
+    if kind != "model":
+        raise ParamError(f"model: {ref} is of kind {kind}; only an unquantised model folder can be {purpose} "
+                         "(import or merge it first)")
+    return folder
+
+
 def resolve_inputs(
     cfg: QuantizationParams,  # model, data, method, group_size
 ) -> dict[str, str | Path]:  # role -> folder
     "The stage's references as folders. Raises `ParamError` when the model cannot be quantised so."
-    folder = model_path(cfg.model)
-    kind = model_kind(folder)
-    if kind != "model":
-        raise ParamError(f"model: {cfg.model} is of kind {kind}; only an unquantised model folder can be quantised "
-                         "(import or merge it first)")
+    folder = unquantized_folder(cfg.model, "quantised")
     check_source_for(cfg, folder)
     return {"model": folder, "data": dataset_path(cfg.data)}
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['context_length', 'PromptTooLong', 'count_too_long', 'check_lengths', 'left_pad', 'position_ids', 'length_batches',
-           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'generate_scored', 'generate',
-           'completion_logprobs', 'batch_losses', 'perplexity', 'time_calls', 'measure_speed', 'synchronize_gpu',
-           'generation_speed']
+           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'generate_scored', 'draw_answers',
+           'generate', 'completion_logprobs', 'batch_losses', 'perplexity', 'time_calls', 'measure_speed',
+           'synchronize_gpu', 'generation_speed']
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #87b0dd69
 import math
@@ -182,6 +182,20 @@ def generate_scored(
             length = answer_length(tokens[row], stop)
             answers[i] = texts[row].strip(), float(logprobs[row, :length].mean())
     return answers
+
+# %% ../../nbs/00_foundation/30_generation.ipynb #c052869e
+def draw_answers(
+    model: Any,  # a model or a peft model, in the mode that it is to answer in
+    tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
+    prompts: list[list[int]],  # encoded prompts; one that is repeated gets several answers
+    max_new_tokens: int,  # longest answer, tokens
+    temperature: float = 1.0,  # of sampling, with torch's own generator
+) -> list[list[int]]:  # as they were drawn; one that was cut off has no token that ends it
+    "Draw an answer to every prompt, as tokens: training on them needs the very ones that were drawn."
+    stop, pad = stop_tokens(model, tokenizer), tokenizer.pad_token_id
+    drawn, _ = generate_batch(model, left_pad(prompts, pad, model.device), max_new_tokens, pad, stop,
+                              temperature=temperature)
+    return [tokens[:answer_length(tokens, stop)].tolist() for tokens in drawn]
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #b558c898
 def generate(

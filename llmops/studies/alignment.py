@@ -372,8 +372,7 @@ def describe_dpo(
                "it is undecided whether it answers more than a free threshold does.")
     return (f"Made-up answers: {sft['hallucination']:.2f} before, {dpo['hallucination']:.2f} after ({change:.0%} "
             f"fewer, {clear}, {len(dpo['seeds'])} seeds). AUROC of the refusal: {sft['auroc_refusal']:.2f} before, "
-            f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers, "
-            f"{verdict}")
+            f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers, {verdict}")
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #ba46898f
 def main(
@@ -393,8 +392,8 @@ def main(
     kept = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     if args.arms:
         for name, figures in measure_arms(read_arms(args.arms), args.data).items():
-            arms_of_one = "f1" not in figures
-            kept[name] = kept.get(name, {}) | figures if arms_of_one else figures
+            several = "f1" not in figures  # arms of one name, such as grpo/metric and grpo/random
+            kept[name] = kept.get(name, {}) | figures if several else figures
     if args.reward_model:
         kept["reward_model"] = artifact_metrics(args.reward_model, "reward model")
     if args.preferences:
