@@ -198,7 +198,7 @@ def policy_loss(
     loss = (summed / own.counts).mean() if method == "grpo" else summed.mean()
     return loss, kl.detach().mean()
 
-# %% ../../nbs/02_adaptation/15_policy_gradient.ipynb #b56ab853
+# %% ../../nbs/02_adaptation/15_policy_gradient.ipynb #fd886cc4
 def choose_questions(
     cfg: PolicyGradientParams,  # informative, eval_questions
     policy: Policy,  # whose context the prompts have to fit
@@ -238,8 +238,7 @@ def answer_questions(
 ) -> tuple[list[Group], list[list[str]]]:  # the answers to each as the tokens that were drawn, and as texts
     "Draw a group of answers to every question. An answer that was cut off has no token that ends it."
     tokenizer, prompts = policy.tokenizer, [encode_prompt(policy.tokenizer, row["prompt"]) for row in rows]
-    repeated = [prompt for prompt in prompts for _ in range(cfg.group_size)]
-    answers = draw_answers(policy.model, tokenizer, repeated, cfg.max_new_tokens, cfg.temperature)
+    answers = draw_answers(policy.model, tokenizer, prompts, cfg.max_new_tokens, cfg.temperature, cfg.group_size)
     texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     size, groups = cfg.group_size, list[Group]()
     for n, prompt in enumerate(prompts):

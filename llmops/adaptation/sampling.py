@@ -6,7 +6,7 @@
 __all__ = ['KEPT', 'draw_seed', 'draw_answers', 'prompt_order', 'sample_answers', 'score_texts', 'sampled_row',
            'summarize_samples']
 
-# %% ../../nbs/02_adaptation/08_sampling.ipynb #a6378e9b
+# %% ../../nbs/02_adaptation/08_sampling.ipynb #96d610d1
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,11 +15,12 @@ from typing import Any
 from ..foundation.artifacts import input_digest
 from ..foundation.cache import cache_key, cached_answers
 from ..foundation.chat import Messages, encode_prompt
-from ..foundation.generation import context_length, generate_scored
+from ..foundation.generation import (
+    answer_length, context_length, generate_batch, left_pad, read_prompts, stop_tokens)
 from ..foundation.reading import Row
 from ..foundation.tasks import Asked, score_predictions
 
-# %% ../../nbs/02_adaptation/08_sampling.ipynb #0db619b5
+# %% ../../nbs/02_adaptation/08_sampling.ipynb #00bd12aa
 def draw_seed(
     prompts: Sequence[Messages],  # of one batch
     seed: int,  # the run's
@@ -40,11 +41,17 @@ def draw_answers(
 ) -> list[list[tuple[str, float]]]:  # per prompt the greedy answer first; with the mean log-probability of its tokens
     "Answer every prompt of a batch several times."
     import torch
-    said = []
+    pad, stop = tokenizer.pad_token_id, stop_tokens(model, tokenizer)
+    inputs = left_pad([encode_prompt(tokenizer, prompt) for prompt in prompts], pad, model.device)
+    cache, said = read_prompts(model, inputs) if draws else None, []
     for draw in range(draws + 1):
         torch.manual_seed(draw_seed(prompts, seed, draw))
-        said.append(generate_scored(model, tokenizer, list(prompts), max_new_tokens=max_new_tokens, progress=False,
-                                    batch_size=len(prompts), temperature=temperature if draw else 0.0))
+        tokens, logprobs = generate_batch(model, inputs, max_new_tokens, pad, stop, cache=cache,
+                                          temperature=temperature if draw else 0.0)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        lengths = [answer_length(row, stop) for row in tokens]
+        said.append([(text.strip(), float(row[:length].mean()))
+                     for text, row, length in zip(texts, logprobs, lengths, strict=True)])
     return [list(answers) for answers in zip(*said, strict=True)]
 
 # %% ../../nbs/02_adaptation/08_sampling.ipynb #2487ce2f

@@ -8,10 +8,10 @@ __all__ = ['LLAMACPP_FIELDS', 'TOOL_FIELDS', 'llamacpp_server', 'llamacpp_body',
            'join_message', 'whole_answer', 'llamacpp_client', 'llamacpp_reader', 'check_options', 'busy_slots',
            'slot_context', 'body_tokens', 'LlamaCppEngine']
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #bb042fa9
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #5eca49c2
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +21,14 @@ import httpx
 from starlette.responses import JSONResponse, Response
 
 from .history import ContextWindow, fit_request
-from .requests import (
-    ApiError, ChatRequest, ServingError, context_exceeded, ignored_fields, plain_turn, report_ignored, template_refused)
+from llmops.deployment.requests import (
+    ApiError, ChatRequest, Prompt, ServingError, Usage, context_exceeded, ignored_fields, plain_turn, report_ignored,
+    template_refused)
 from .streaming import (
     LIMITS, AnswerLimits, RepetitionWatch, StreamedAnswer, answer_note, sse_event)
-from .token_prompts import (
-    CHAT, apply_template, chat_tokens, fill_gaps, holds_controls, relay_as_chat, route_request, template_reason)
+from llmops.deployment.token_prompts import (
+    CHAT, COMPLETION, apply_template, chat_tokens, fill_gaps, holds_controls, relay_as_chat, route_request,
+    template_reason)
 from ..foundation.chat import ControlTokens
 
 # %% ../../nbs/08_deployment/04_llamacpp.ipynb #35288c5f
@@ -119,35 +121,49 @@ def timed_usage(
     prompt, written = timings["cache_n"] + timings["prompt_n"], timings["predicted_n"]
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #205c1db9
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #28c91a04
 class AnswerWatch:
     "Reads an answer beside its client. One that ignores the model's own end wants its length, and is left alone."
     def __init__(self,
         request: ChatRequest,  # a checked request
         limits: AnswerLimits,  # the server's
         left_out: dict[str, Any] | None = None,  # of the conversation; None: nothing
+        usage: Usage | None = None,  # what the request takes is counted there; None: nowhere
     ) -> None:
-        self.left_out = left_out
+        self.left_out, self.usage = left_out, usage or Usage()
         endless = bool((request.model_extra or {}).get("ignore_eos"))
         self.repetition = None if endless else RepetitionWatch(limits)
         self.default = None if request.max_tokens else limits.default_max_tokens
-        self.written = 0  # tokens, as the last part that says so counts them
+
+    def count(self,
+        part: dict[str, Any],  # of a chat
+    ) -> None:
+        "Note what llama.cpp has counted: in `timings` while it writes, in `usage` at the end."
+        timings, total = part.get("timings") or {}, part.get("usage") or {}
+        cached = timings.get("cache_n", self.usage.cached_tokens)
+        if total:
+            read = total.get("prompt_tokens", self.usage.prompt_tokens)
+            self.usage.count(read, total["completion_tokens"], cached)
+        elif timings:
+            self.usage.count(cached + timings.get("prompt_n", 0), timings["predicted_n"], cached)
 
     def stops(self,
         part: dict[str, Any],  # of a chat
     ) -> str:  # `repetition` or `default_max_tokens`; "" while neither is met
         "Which limit an answer meets with this part."
-        self.written = part.get("timings", {}).get("predicted_n", self.written)
-        for choice in part["choices"]:
-            full = self.default and self.written >= self.default - 1  # the last token may hold a part of a character
+        self.count(part)
+        for choice in part.get("choices", []):
+            self.usage.finish_reason = choice["finish_reason"] or ""
+            full = self.default and self.usage.completion_tokens >= self.default - 1  # the last may be half a character
             if choice["finish_reason"] == "length" and full:
                 return "default_max_tokens"
             text = written_text(choice["delta"])
             if self.repetition and not choice["finish_reason"] and self.repetition.feed(text):
+                self.usage.finish_reason = "length"
                 return "repetition"
         return ""
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #3b6cda1f
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #32683acb
 async def watch_parts(
     parts: AsyncGenerator[dict[str, Any], None],  # of a chat, the last one with the number of tokens
     watch: AnswerWatch,  # it says when to stop
@@ -155,7 +171,7 @@ async def watch_parts(
     "Hand an answer on, end it where it repeats itself, and say so, and what was left out, with its end."
     async with aclosing(parts):
         async for part in parts:
-            stopped = watch.stops(part) if part.get("choices") else ""
+            stopped = watch.stops(part)
             timings = part.get("timings")
             ends = bool(part.get("choices") and part["choices"][0]["finish_reason"])
             if timings and part.get("choices") and not ends:
@@ -291,7 +307,7 @@ def body_tokens(
     asked = {"content": text, "add_special": True, "parse_special": True}
     return len(client.post("/tokenize", json=asked).raise_for_status().json()["tokens"])
 
-# %% ../../nbs/08_deployment/04_llamacpp.ipynb #f97703a4
+# %% ../../nbs/08_deployment/04_llamacpp.ipynb #dc4081bc
 class LlamaCppEngine:
     "Answers through llama.cpp's own chat endpoint."
     def __init__(self,
@@ -301,11 +317,32 @@ class LlamaCppEngine:
         patience: float = 60.0,  # seconds in which it must say how it is
         gaps: frozenset[str] = frozenset(),  # of the model's chat template
         limits: AnswerLimits = LIMITS,  # when an answer is ended
+        reopen: Callable[[], Any] | None = None,  # starts a server like this one; None: one that died stays dead
     ) -> None:
-        self.client, self.reader = llamacpp_client(server.listening_address), llamacpp_reader(server.listening_address)
+        self.open(server)
+        self.reopen, self.opening = reopen, asyncio.Lock()
         self.controls, self.free, self.patience = controls, asyncio.Semaphore(slots), patience
         self.gaps, self.limits = gaps, limits
         self.window: ContextWindow | None = None  # made when a client first needs it
+
+    def open(self, server: Any) -> None:
+        "Talk to a server from now on."
+        self.server = server
+        self.client, self.reader = llamacpp_client(server.listening_address), llamacpp_reader(server.listening_address)
+
+    async def broken(self, error: httpx.TransportError) -> ApiError:
+        "What a client is told when llama.cpp broke off. One that answers no more is started again, once."
+        said = f"llama.cpp broke off ({type(error).__name__})"
+        async with self.opening:
+            try:
+                await busy_slots(self.client, 2.0)
+            except ServingError:
+                if self.reopen is None:
+                    return ApiError(f"{said}; start the server again", 503, "engine_failed")
+                self.open(await asyncio.to_thread(self.reopen))
+        told = ApiError(f"{said}, and runs again; ask once more", 503, "engine_failed")
+        told.headers = {"retry-after": "1"}
+        return told
 
     async def count_prompt(self, request: ChatRequest) -> int:
         "Tokens of a request's prompt, as llama.cpp's template and tokenizer make them."
@@ -320,10 +357,12 @@ class LlamaCppEngine:
         fitted, left = await fit_request(request, self.window) if self.window else (request, None)
         return fitted, asdict(left) if left else None
 
-    async def route(self, request: ChatRequest) -> tuple[str, dict[str, Any]]:
+    async def route(self, request: ChatRequest, prompt: Prompt | None) -> tuple[str, dict[str, Any]]:
         "llama.cpp's address for a request, and the body; what could hold control tokens, and tools, cost questions."
         body = llamacpp_body(request, self.gaps, self.limits.default_max_tokens)
         check_options(body, self.controls)
+        if prompt is not None:
+            return COMPLETION, {key: value for key, value in body.items() if key != "messages"} | {"prompt": prompt}
         tools = any(turn["role"] == "tool" for turn in body["messages"])
         if not tools and not holds_controls(body["messages"], self.controls):
             return CHAT, body
@@ -331,18 +370,28 @@ class LlamaCppEngine:
 
     async def __call__(self,
         request: ChatRequest,  # a checked request
+        usage: Usage | None = None,  # what it takes is counted there; None: nowhere
+        prompt: Prompt | None = None,  # a prompt that takes the place of the messages; None: there is none
     ) -> Response:  # llama.cpp's, with errors in the gateway's words
+        try:
+            return await self.answer(request, usage or Usage(), prompt)
+        except httpx.TransportError as e:
+            raise await self.broken(e) from e
+
+    async def answer(self, request: ChatRequest, usage: Usage, prompt: Prompt | None) -> Response:
+        "Ask llama.cpp. Raises httpx's errors when it breaks off before the answer is whole, or has begun to stream."
         ignored = ignored_fields(request, "llama.cpp", llamacpp_fields(self.gaps))
         request, left_out = await self.fit(request)
         async with AsyncExitStack() as held:
             await held.enter_async_context(self.free)
-            path, body = await self.route(request)
+            usage.start()
+            path, body = await self.route(request, prompt)
             response = await held.enter_async_context(self.client.stream("POST", path, json=body))
             if response.status_code != 200:
                 raise llamacpp_error(json.loads(await response.aread()))
             lines = response.aiter_lines()
             events = lines if path == CHAT else relay_as_chat(lines, include_usage=True)
-            parts = watch_parts(read_parts(events), AnswerWatch(request, self.limits, left_out))
+            parts = watch_parts(read_parts(events), AnswerWatch(request, self.limits, left_out, usage))
             if request.stream:
                 relayed = relay_parts(parts, request.stream_options.include_usage)
                 return report_ignored(StreamedAnswer(relayed, held.pop_all()), ignored)

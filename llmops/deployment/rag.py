@@ -6,10 +6,10 @@
 __all__ = ['UNUSED', 'scored_completion', 'llamacpp_version', 'served_version', 'last_question', 'unused_fields', 'reply_fields',
            'reply_answer', 'stream_reply', 'DocumentsEngine', 'serve_documents']
 
-# %% ../../nbs/08_deployment/10_rag.ipynb #b338c830
+# %% ../../nbs/08_deployment/10_rag.ipynb #c7bbdbc9
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .assistant import (
     Assistant, Reply, Version, ask_assistant, find_trust, loaded_version, reply_json, version_asked)
 from .gateway import word_error
 from .llamacpp import LlamaCppEngine, llamacpp_error
-from .requests import ApiError, ChatRequest, ignored_fields, report_ignored
+from .requests import ApiError, ChatRequest, Prompt, Usage, ignored_fields, report_ignored
 from .sources import open_collection
 from .streaming import Completion, StreamedAnswer, completion_fields, sse_event, token_usage
 from .token_prompts import COMPLETION, chat_tokens, fill_gaps, tokenize
@@ -154,7 +154,7 @@ async def stream_reply(
         yield sse_event(fields | {"choices": [], "usage": token_usage(prompt, Completion(written))})
     yield "data: [DONE]\n\n"
 
-# %% ../../nbs/08_deployment/10_rag.ipynb #0b5f5954
+# %% ../../nbs/08_deployment/10_rag.ipynb #11f96a05
 class DocumentsEngine:
     "Answers from documents."
     def __init__(self,
@@ -163,19 +163,40 @@ class DocumentsEngine:
     ) -> None:
         self.assistant, self.thread = assistant, thread or ThreadPoolExecutor(1, thread_name_prefix="documents")
 
-    async def ask(self, question: str, max_tokens: int | None = None) -> Reply:
-        "Ask in the thread. Raises `ApiError` for a question that cannot be asked."
+    async def ask(self, question: str, max_tokens: int | None = None, usage: Usage | None = None) -> Reply:
+        """Ask in the thread. Raises `ApiError` for a question that cannot be asked. An answer that was begun is
+        finished and counted, even if nobody waits for it any more."""
+        taken = usage or Usage()
+
+        def answer() -> Reply:
+            taken.start()
+            reply = ask_assistant(self.assistant, question, max_tokens)
+            taken.count(*reply.tokens)
+            taken.finish_reason = "stop"
+            return reply
+
+        asked = self.thread.submit(answer)
         try:
-            return await asyncio.wrap_future(self.thread.submit(ask_assistant, self.assistant, question, max_tokens))
+            return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError:
+            if not asked.cancel():
+                await asyncio.to_thread(wait, [asked])
+            raise
         except (ParamError, PromptTooLong, QueryError) as e:
             raise ApiError(str(e), 400, "invalid_question", "messages") from None
 
-    async def __call__(self, request: ChatRequest) -> Response:
+    async def __call__(self,
+        request: ChatRequest,  # a checked request
+        usage: Usage | None = None,  # what it takes is counted there; None: nowhere
+        prompt: Prompt | None = None,  # a prompt without turns: refused
+    ) -> Response:
+        if prompt is not None:
+            raise ApiError(f"model: {request.model} answers questions; ask it at /v1/chat/completions", param="model")
         question, unused = last_question(request), unused_fields(request)
         if request.stream:
-            events = stream_reply(lambda: self.ask(question, request.max_tokens), request)
+            events = stream_reply(lambda: self.ask(question, request.max_tokens, usage), request)
             return report_ignored(StreamedAnswer(events, AsyncExitStack()), unused)
-        reply = await self.ask(question, request.max_tokens)
+        reply = await self.ask(question, request.max_tokens, usage)
         return report_ignored(JSONResponse(reply_answer(reply, request)), unused)
 
 # %% ../../nbs/08_deployment/10_rag.ipynb #2de11c71

@@ -7,20 +7,20 @@ __all__ = ['Receive', 'TAIL', 'LIMITS', 'wait_for_disconnect', 'while_connected'
            'repeated_end', 'RepetitionWatch', 'Completion', 'completion_fields', 'token_usage', 'answer_note',
            'sse_event', 'chat_answer', 'stream_events']
 
-# %% ../../nbs/08_deployment/03_streaming.ipynb #a3154a05
+# %% ../../nbs/08_deployment/03_streaming.ipynb #146d8238
 import asyncio
 import json
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict, dataclass
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
-from .requests import ApiError, ChatRequest, ServingError
+from .requests import ApiError, ChatRequest, ServingError, Usage
 
 # %% ../../nbs/08_deployment/03_streaming.ipynb #ba774578
 Receive = Callable[[], Awaitable[Any]]  # ASGI's channel of events from the client
@@ -50,16 +50,19 @@ async def while_connected(
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
-# %% ../../nbs/08_deployment/03_streaming.ipynb #0c850382
+# %% ../../nbs/08_deployment/03_streaming.ipynb #6fbe9c1e
 class StreamedAnswer(StreamingResponse):
     "Server-sent events, and what they need until the last is sent, or the client has gone or reads no more."
     def __init__(self,
-        events: AsyncGenerator[str | bytes, None],  # the answer
+        events: AsyncGenerator[str, None],  # the answer
         held: AsyncExitStack,  # closed when the stream is over, whatever ended it
         patience: float = 60.0,  # seconds in which the client must take what it was sent
     ) -> None:
         super().__init__(events, media_type="text/event-stream")
         self.events, self.held, self.patience = events, held, patience
+        self.deadline: float | None = None  # on the event loop's clock; None: the stream may last
+        self.too_late = ""  # the event that is sent then
+        self.ended = "failed"  # how it ended, where the answer itself does not say so; or `cancelled`
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_in_time(message: Any) -> None:
@@ -68,9 +71,18 @@ class StreamedAnswer(StreamingResponse):
 
         async with self.held, aclosing(self.events):
             try:
-                await while_connected(receive, self.stream_response(send_in_time))
-            except (ClientDisconnect, TimeoutError):
-                pass  # nobody is left to be told
+                async with asyncio.timeout_at(self.deadline) as clock:
+                    await while_connected(receive, self.stream_response(send_in_time))
+            except ClientDisconnect:
+                self.ended = "cancelled"  # nobody is left to be told
+            except asyncio.CancelledError:
+                self.ended = "cancelled"
+                raise
+            except TimeoutError:
+                self.ended = "cancelled"
+                if clock.expired():
+                    with suppress(TimeoutError):
+                        await send_in_time({"type": "http.response.body", "body": self.too_late.encode()})
 
 # %% ../../nbs/08_deployment/03_streaming.ipynb #252af142
 TAIL = 4000  # characters of an answer in which a run is looked for
@@ -120,7 +132,7 @@ class RepetitionWatch:
         self.met = self.met or bool(repeated_end(self.text, self.limits))
         return self.met
 
-# %% ../../nbs/08_deployment/03_streaming.ipynb #216696d3
+# %% ../../nbs/08_deployment/03_streaming.ipynb #0cb9eaef
 @dataclass
 class Completion:
     "What is known once an answer has ended."
@@ -128,6 +140,7 @@ class Completion:
     finish_reason: str = "stop"  # `stop`, or `length` when a limit or the context ended it
     stopped: str = ""  # the server's own limit that ended it: `default_max_tokens` or `repetition`
     left_out: dict[str, Any] | None = None  # of the conversation before it; None: nothing
+    usage: Usage = field(default_factory=Usage)  # of the request
 
 
 def completion_fields(

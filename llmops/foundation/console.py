@@ -44,14 +44,15 @@ def captured_output() -> Iterator[io.StringIO]:  # what was printed
             e.add_note("printed before:\n" + text.getvalue()[-1500:])
         raise
 
-# %% ../../nbs/00_foundation/07_console.ipynb #2803dbb8
+# %% ../../nbs/00_foundation/07_console.ipynb #db8c0f4f
 def listen(
     port: int,  # 0: any free one
     error: type[Exception] = ValueError,  # what is raised when another program has the port
-) -> socket.socket:  # listening on 127.0.0.1
+    host: str = "127.0.0.1",  # the address to listen on
+) -> socket.socket:  # listening
     "Take a port of this machine."
     try:
-        server = socket.create_server(("127.0.0.1", port))
+        server = socket.create_server((host, port))
     except (OSError, OverflowError) as e:
         errno = getattr(e, "errno", None)
         reason = os.strerror(errno) if errno else e  # the error's own text adds the address

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['context_length', 'PromptTooLong', 'count_too_long', 'check_lengths', 'left_pad', 'position_ids', 'length_batches',
-           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'generate_scored', 'draw_answers',
-           'generate', 'completion_logprobs', 'batch_losses', 'perplexity', 'time_calls', 'measure_speed',
-           'synchronize_gpu', 'generation_speed']
+           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'generate_scored', 'read_prompts',
+           'draw_answers', 'generate', 'completion_logprobs', 'batch_losses', 'perplexity', 'time_calls',
+           'measure_speed', 'synchronize_gpu', 'generation_speed']
 
-# %% ../../nbs/00_foundation/30_generation.ipynb #87b0dd69
+# %% ../../nbs/00_foundation/30_generation.ipynb #a3dc7f30
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ def answer_length(
     ended = torch.isin(tokens, torch.tensor(stop, device=tokens.device)).nonzero()
     return int(ended[0]) + 1 if len(ended) else len(tokens)
 
-# %% ../../nbs/00_foundation/30_generation.ipynb #8deaecaf
+# %% ../../nbs/00_foundation/30_generation.ipynb #f64daed1
 def generate_batch(
     model: Any,  # a model or a peft model
     inputs: dict[str, "torch.Tensor"],  # a left-padded batch
@@ -140,6 +141,7 @@ def generate_batch(
     *,
     tries: list["TokenTrie | None"] | None = None,  # per row what may be written; None for anything
     temperature: float = 0.0,  # of sampling, with torch's own generator; 0 takes the most likely token
+    cache: Any = None,  # of `read_prompts`, which stays as it is; None: the prompts are read here
 ) -> tuple["torch.Tensor", "torch.Tensor"]:  # the answers' token ids and log-probabilities, each [rows, steps]
     "Continue every row of a batch. The log-probabilities are the model's own, whatever was struck out."
     import torch
@@ -151,7 +153,7 @@ def generate_batch(
     with torch.inference_mode():
         output = model.generate(
             **inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad,
-            output_logits=True, return_dict_in_generate=True)
+            past_key_values=copy.deepcopy(cache), output_logits=True, return_dict_in_generate=True)
     tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
     return tokens, chosen_logprobs(output.logits, tokens)
 
@@ -183,18 +185,42 @@ def generate_scored(
             answers[i] = texts[row].strip(), float(logprobs[row, :length].mean())
     return answers
 
-# %% ../../nbs/00_foundation/30_generation.ipynb #c052869e
+# %% ../../nbs/00_foundation/30_generation.ipynb #986cc8a8
+def read_prompts(
+    model: Any,  # a model or a peft model
+    inputs: dict[str, "torch.Tensor"],  # a left-padded batch
+    answers: int = 1,  # to each prompt
+) -> Any:  # a cache, [prompts x answers] rows; None for a model that keeps something else than all keys and values
+    """Read every prompt but its last token, so that several answers to it need it only once. Reading takes most of the
+    time of a short answer."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+    if inputs["input_ids"].shape[1] < 2:
+        return None
+    with torch.inference_mode():
+        cache = model(input_ids=inputs["input_ids"][:, :-1], attention_mask=inputs["attention_mask"][:, :-1],
+                      position_ids=position_ids(inputs)[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        if answers > 1:
+            cache.batch_repeat_interleave(answers)
+    return cache
+
+
 def draw_answers(
     model: Any,  # a model or a peft model, in the mode that it is to answer in
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
-    prompts: list[list[int]],  # encoded prompts; one that is repeated gets several answers
+    prompts: list[list[int]],  # encoded prompts
     max_new_tokens: int,  # longest answer, tokens
     temperature: float = 1.0,  # of sampling, with torch's own generator
-) -> list[list[int]]:  # as they were drawn; one that was cut off has no token that ends it
-    "Draw an answer to every prompt, as tokens: training on them needs the very ones that were drawn."
+    answers: int = 1,  # to each prompt
+) -> list[list[int]]:  # those to a prompt side by side, as they were drawn; one that was cut off has no end token
+    "Draw answers to every prompt, as tokens: training on them needs the very ones that were drawn."
     stop, pad = stop_tokens(model, tokenizer), tokenizer.pad_token_id
-    drawn, _ = generate_batch(model, left_pad(prompts, pad, model.device), max_new_tokens, pad, stop,
-                              temperature=temperature)
+    inputs = left_pad(prompts, pad, model.device)
+    cache = read_prompts(model, inputs, answers) if answers > 1 else None
+    repeated = {name: values.repeat_interleave(answers, 0) for name, values in inputs.items()}
+    drawn, _ = generate_batch(model, repeated, max_new_tokens, pad, stop, temperature=temperature, cache=cache)
     return [tokens[:answer_length(tokens, stop)].tolist() for tokens in drawn]
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #b558c898

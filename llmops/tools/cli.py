@@ -374,10 +374,11 @@ COMMANDS = {
         option("shell", choices=["bash", "zsh"], help="which shell"),)),
 }
 
-# %% ../../nbs/12_tools/19_cli.ipynb #8eabb562
+# %% ../../nbs/12_tools/19_cli.ipynb #d659e9c1
 MODULES = {  # command -> a module with `main(argv)`, words that come before the given ones, one line of help
     "ask": ("llmops.deployment.ask", (), "ask your documents a question"),
     "serve": ("llmops.deployment.serving", (), "serve the winner through the OpenAI API, with a page to ask on"),
+    "keys": ("llmops.deployment.keys", (), "make and revoke keys of the server, with quotas, and see what they used"),
     "new": ("llmops.tools.new_profile", (), "make a profile for your own data"),
     "prompts": ("llmops.foundation.prompt_versions", (), "list and show prompts, and move their aliases"),
     "trace": ("llmops.foundation.versions", ("trace",), "where a row of the data stands, and what was made from it"),
