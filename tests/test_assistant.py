@@ -245,7 +245,8 @@ QUESTION = [{"role": "user", "content": "What does an overdraft cost?"}]
 
 
 def test_documents_are_a_model_of_their_own(client):
-    plain, documents = client.models.list().data
+    plain, documents, encoder = client.models.list().data
+    assert len(client.embeddings.create(model=encoder.id, input="an overdraft").data[0].embedding) == 384
     assert documents.id == f"{plain.id}+rag" and documents.digest == plain.digest
     assert documents.documents["count"] == 5 and "No threshold was fitted" in documents.documents["note"]
     assert client.models.retrieve(documents.id).documents == documents.documents

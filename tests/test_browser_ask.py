@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from browsing import browser_page, keep_picture
 from playwright.sync_api import Browser, Page, expect
 
 from llmops.deployment.assistant import Assistant, find_trust
+from llmops.deployment.admission import FrontDesk
 from llmops.deployment.gateway import create_app
+from llmops.deployment.keys import Key, add_key
+from llmops.deployment.ledger import total_usage
 from llmops.deployment.page import page_routes, read_feedback
 from llmops.deployment.rag import DocumentsEngine, served_version
 from llmops.deployment.sources import index_documents, open_collection
@@ -69,7 +73,13 @@ def home(feedback, tmp_path_factory) -> Iterator[str]:
     told = {"count": collection.documents, "digest": collection.digest, "note": trust.note}
     behind = about | {"model": "assistant-4bit+rag", "documents": told}
     pages = page_routes({about["model"]: about, behind["model"]: behind}, feedback)
-    app = create_app(about, engine, [(behind, DocumentsEngine(asked))], pages)
+    with running(create_app(about, engine, [(behind, DocumentsEngine(asked))], pages)) as address:
+        yield address
+
+
+@contextmanager
+def running(app) -> Iterator[str]:
+    "A server of its own, until the block ends."
     with listen(0) as socket:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
@@ -115,6 +125,21 @@ class opened:
         self.context.close()
         if kind is None and not self.fails:
             assert self.problems == []
+
+
+def test_a_server_with_keys_asks_for_one_and_the_page_keeps_it(chromium):
+    path, desk = model_path("tiny:llama"), FrontDesk()
+    secret = add_key(desk.ledger, Key("ann"))
+    engine = TransformersEngine(*load_model(path, dtype="float32"), 1024, limits=AnswerLimits(default_max_tokens=4))
+    about = {"model": "m", "digest": "d1ge57", "source": str(path), "engine": "transformers"}
+    app = create_app(about, engine, pages=page_routes({"m": about}), desk=desk)
+    with running(app) as address, opened(chromium, address, fails=True) as page:  # the browser reports the 401
+        asked: list[str] = []
+        page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.accept(secret)))
+        ask(page, "hello")
+        ask(page, "hello again")
+        assert asked == ["This server asks for a key:"]
+    assert [row["requests"] for row in total_usage(desk.ledger)] == [2]
 
 
 def ask(page: Page, question: str):

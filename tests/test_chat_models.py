@@ -122,7 +122,7 @@ def test_llamacpp_reads_a_message_as_text(tmp_path: Path) -> None:
 def test_a_refused_conversation_is_the_clients_fault() -> None:
     from starlette.testclient import TestClient
 
-    async def engine(_: ChatRequest) -> Any:
+    async def engine(_: ChatRequest, *__: Any) -> Any:
         raise ChatTemplateError("messages: the model's chat template does not take these turns (user, user)")
 
     client = TestClient(create_app({"model": "m"}, engine), base_url="http://localhost")

@@ -22,7 +22,8 @@ from llmops.compression.quantization import QuantizationParams, quantize_rtn, wr
 from llmops.compression.repack import RepackError, checkpoint_tensors, gptq_weight, repack_checkpoint, unequal_tensors
 from llmops.deployment.gateway import word_error
 from llmops.deployment.llamacpp import LlamaCppEngine, llamacpp_reader, llamacpp_server
-from llmops.deployment.requests import ApiError, ChatRequest, parse_request
+from llmops.deployment.completions import completion_response, parse_completion
+from llmops.deployment.requests import ApiError, ChatRequest, Usage, parse_request
 from llmops.deployment.token_prompts import apply_template, gguf_control_tokens, template_gaps
 from llmops.deployment.transformers_engine import encode_request
 from llmops.foundation.chat import ChatTemplateError, pin_templates, render
@@ -300,7 +301,7 @@ def test_an_answer_ends_when_nobody_says_where(server):
         ({"temperature": -1}, BadRequestError, "temperature"),
         ({"max_tokens": 0}, BadRequestError, "max_tokens"),
         ({"top_p": 0}, BadRequestError, "top_p"),
-        ({"n": 3}, BadRequestError, "n: "),
+        ({"n": 17}, BadRequestError, "n: "),
         (
             {"messages": [{"role": "user", "content": "letter " * 3000}]},
             BadRequestError,
@@ -491,9 +492,49 @@ def test_an_engine_that_is_dead_is_not_well(gptq, tmp_path):
     server = llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / "up.sock"))
     engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
     assert asyncio.run(engine.check_health()) == {"running": 0}
-    del server
+    del server, engine.server
     with pytest.raises(ServingError, match="llama.cpp does not answer"):
         asyncio.run(engine.check_health())
+
+
+def test_an_engine_that_dies_is_started_again(gptq, tmp_path):
+    "One 503 with the reason, and the next request is answered."
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
+    opened = []
+
+    def reopen():
+        opened.append(1)
+        return llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / f"{len(opened)}.sock"))
+
+    async def main():
+        engine = LlamaCppEngine(reopen(), gguf_control_tokens(tmp_path / "model.gguf"), slots=1, reopen=reopen)
+        request = ChatRequest(model="m", messages=HELLO, max_tokens=2)
+        usage = Usage()
+        assert (await engine(request, usage)).status_code == 200 and usage.completion_tokens == 2
+        del engine.server
+        with pytest.raises(ApiError, match="runs again") as e:
+            await engine(request)
+        assert e.value.status == 503 and e.value.headers == {"retry-after": "1"}
+        assert (await engine(request)).status_code == 200 and len(opened) == 2
+
+    asyncio.run(main())
+
+
+def test_a_completion_of_llamacpp_is_the_continuation_of_the_prompt(gptq, tmp_path):
+    repack_checkpoint(gptq, tmp_path / "model.gguf")
+    server = llamacpp_server(tmp_path / "model.gguf", "m", 256, 1, 1, str(tmp_path / "up.sock"))
+    engine = LlamaCppEngine(server, gguf_control_tokens(tmp_path / "model.gguf"), slots=1)
+    ids = [50, 60, 70]
+    alone = server.handle_completions({"prompt": ids, "max_tokens": 3, "temperature": 0})["choices"][0]["text"]
+
+    async def main():
+        request, prompt = parse_completion(json.dumps({"model": "m", "prompt": ids, "max_tokens": 3}).encode(), "m")
+        usage = Usage()
+        answer = json.loads(completion_response(await engine(request, usage, prompt)).body)
+        assert answer["choices"][0]["text"] == alone and answer["usage"]["prompt_tokens"] == 3
+        assert (usage.prompt_tokens, usage.completion_tokens) == (3, 3)
+
+    asyncio.run(main())
 
 
 def address_of(client: OpenAI) -> str:

@@ -82,6 +82,7 @@ ENGLISH = {
     "thinking": "Looking it up", "writing": "Writing",
     "unknown": "unknown: no passage that was read says it surely enough",
     "read": "Read: ", "up": "Good answer", "down": "Bad answer", "kept": "Kept. Thank you.", "back": "Taken back.",
+    "keyWanted": "This server asks for a key:",
     "notKept": "Not kept: ", "stopped": "Stopped.", "failed": "No answer: ", "offline": "the server does not answer",
     "repetition": "Ended: it only repeated itself.", "default_max_tokens": "Ended at the server's longest length.",
     "length": "Ended: there is no room for more.", "leftOut": "Too long for the model; oldest turns left out: ",
@@ -97,6 +98,7 @@ KOREAN = {
     "emptyModel": "질문을 적어 주세요. 모델이 배운 내용으로 답합니다.",
     "thinking": "찾는 중", "writing": "쓰는 중", "unknown": "모름: 읽은 문단 가운데 충분히 확실하게 답하는 곳이 없습니다",
     "read": "읽은 문서: ", "up": "좋은 답", "down": "나쁜 답", "kept": "저장했습니다. 고맙습니다.", "back": "취소했습니다.",
+    "keyWanted": "이 서버는 키가 필요합니다:",
     "notKept": "저장하지 못했습니다: ", "stopped": "멈췄습니다.", "failed": "답하지 못했습니다: ",
     "offline": "서버가 응답하지 않습니다",
     "repetition": "같은 말만 되풀이해서 끝냈습니다.", "default_max_tokens": "서버가 정한 길이에서 끝냈습니다.",
@@ -182,10 +184,19 @@ async function* readEvents(body) {  // server-sent events, each a JSON object
     if (done) return;
   }
 }
+let key = sessionStorage.getItem("key") || "";
+async function post(body, signal) {
+  const headers = {"Content-Type": "application/json"};
+  if (key) headers.Authorization = "Bearer " + key;
+  const reply = await fetch("/v1/chat/completions", {method: "POST", headers, body, signal});
+  const given = reply.status === 401 && prompt(words.keyWanted);
+  if (!given) return reply;
+  key = given.trim();
+  sessionStorage.setItem("key", key);
+  return post(body, signal);
+}
 async function* ask(model, messages, signal) {
-  const post = {method: "POST", headers: {"Content-Type": "application/json"}, signal};
-  const body = JSON.stringify({model, messages, stream: true, truncation: "auto"});
-  const reply = await fetch("/v1/chat/completions", {...post, body});
+  const reply = await post(JSON.stringify({model, messages, stream: true, truncation: "auto"}), signal);
   if (!reply.ok) throw new Error((await reply.json()).error.message);
   for await (const part of readEvents(reply.body)) {
     if (part.error) throw new Error(part.error.message);
@@ -371,7 +382,7 @@ function option(model) {
   byId("question").setAttribute("aria-label", words.question);
   byId("log").setAttribute("aria-label", words.talk);
   try {
-    models = (await (await fetch("/v1/models")).json()).data;
+    models = (await (await fetch("/v1/models")).json()).data.filter(one => one.engine !== "encoder");
     models.sort((one, other) => Boolean(other.documents) - Boolean(one.documents));
     byId("model").append(...models.map(option));
     byId("model").onchange = choose;
