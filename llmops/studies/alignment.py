@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['RESULTS', 'FIGURES', 'refusal_figures', 'refusal_logprobs', 'refusal_scores', 'refuse_below', 'free_curve',
            'matched_threshold', 'mean_over_seeds', 'paired_delta', 'win_rate', 'length_controlled', 'arm_figures',
            'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'artifact_metrics',
-           'figure_rows', 'describe_dpo', 'main']
+           'figure_rows', 'describe_dpo', 'describe_reward_model', 'main']
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #d36b2774
 def refusal_figures(
@@ -375,6 +375,23 @@ def describe_dpo(
             f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers, {verdict}")
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #ba46898f
+def describe_reward_model(
+    kept: Mapping[str, Any],  # of `measure_arms`
+) -> str:  # sentences
+    "Whether a reward model knows more than what is free."
+    if "reward_model" not in kept:
+        return "No reward model was measured."
+    model = kept["reward_model"]
+    low, high = model["margin_over_baselines_low"], model["margin_over_baselines_high"]
+    verdict = ("it knows more than that" if low > 0 else "it knows less than that" if high < 0 else
+               "whether it knows more than that is undecided")
+    best = {"words": "a logistic regression on the words", "length": "the length alone"}[model["best_baseline"]]
+    return (f"Reward model: {model['accuracy']:.3f} of {model['held_out_pairs']} held-out pairs "
+            f"({model['accuracy_low']:.3f} to {model['accuracy_high']:.3f}). The better of the free rules, {best}, has "
+            f"{max(model['words_accuracy'], model['length_accuracy']):.3f}: {model['margin_over_baselines']:+.3f} "
+            f"({low:+.3f} to {high:+.3f}), so {verdict}. Calibration error {model['ece']:.2f}.")
+
+
 def main(
     argv: list[str] | None = None,  # the arguments; the process's own when None
 ) -> None:
@@ -404,7 +421,7 @@ def main(
     kept["commands"] = sorted({*kept.get("commands", []), command})
     write_json(out, kept)
     print(pd.DataFrame(figure_rows(kept)).to_string(index=False))
-    print(describe_dpo(kept))
+    print(describe_dpo(kept), describe_reward_model(kept), sep="\n")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a program, and not as this notebook
