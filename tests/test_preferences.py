@@ -120,7 +120,7 @@ def test_samples_have_rewards_and_are_asked_once(every: tuple[Path, PreferencesR
     assert all(len(row["samples"]) == 3 for row in rows)
     assert all(0 <= s["reward"] <= 1 and s["logprob"] <= 0 for row in rows for s in row["samples"])
     assert result.metrics["samples"]["questions"] == len(rows)
-    with patch("llmops.adaptation.sampling.generate_scored", side_effect=AssertionError("asked again")):
+    with patch("llmops.adaptation.sampling.generate_batch", side_effect=AssertionError("asked again")):
         again, _ = made(tmp_path / "again", sources=["samples"])
     mine = [row for row in rows if row["split"] == "train" and "contrast" not in row]
     theirs = [row for row in again.sampled if row["split"] == "train"]
@@ -136,17 +136,17 @@ def test_the_same_again(tmp_path: Path) -> None:
 
 def test_a_killed_run_does_not_ask_again_what_it_had_asked(tmp_path: Path) -> None:
     asked: list[int] = []
-    real = preferences.sample_answers.__globals__["generate_scored"]
+    real = preferences.sample_answers.__globals__["generate_batch"]
 
-    def generate(model: object, tokenizer: object, prompts: list[object], **options: object) -> object:
-        asked.append(len(prompts))
+    def generate(*given: object, **options: object) -> object:
+        asked.append(1)
         if len(asked) == 6:
             raise KeyboardInterrupt
-        return real(model, tokenizer, prompts, **options)
+        return real(*given, **options)
 
     new = secrets.randbelow(2**32)  # another seed each time: what was asked before is kept beyond the test
     params = {"sources": ["samples"], "seed": new, "batch_size": 2}
-    with patch("llmops.adaptation.sampling.generate_scored", generate):
+    with patch("llmops.adaptation.sampling.generate_batch", generate):
         with pytest.raises(KeyboardInterrupt):
             made(tmp_path / "x", **params)
         assert not (tmp_path / "x").exists()
