@@ -16,7 +16,7 @@ from ..foundation.artifacts import input_digest
 from ..foundation.cache import cache_key, cached_answers
 from ..foundation.chat import Messages, encode_prompt
 from ..foundation.generation import (
-    answer_length, context_length, generate_batch, left_pad, read_prompts, stop_tokens)
+    context_length, generate_batch, left_pad, read_answers, read_prompts, stop_tokens)
 from ..foundation.reading import Row
 from ..foundation.tasks import Asked, score_predictions
 
@@ -48,10 +48,7 @@ def draw_answers(
         torch.manual_seed(draw_seed(prompts, seed, draw))
         tokens, logprobs = generate_batch(model, inputs, max_new_tokens, pad, stop, cache=cache,
                                           temperature=temperature if draw else 0.0)
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        lengths = [answer_length(row, stop) for row in tokens]
-        said.append([(text.strip(), float(row[:length].mean()))
-                     for text, row, length in zip(texts, logprobs, lengths, strict=True)])
+        said.append(read_answers(tokenizer, tokens, logprobs, stop))
     return [list(answers) for answers in zip(*said, strict=True)]
 
 # %% ../../nbs/02_adaptation/08_sampling.ipynb #2487ce2f

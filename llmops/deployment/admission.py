@@ -129,10 +129,8 @@ async def admit(
     "Let a request in. Raises `ApiError` 429, which says when to ask again, when the queue is full or a quota is used."
     if len(desk.jobs) >= desk.limits.queue:
         wait = str(max(1, math.ceil(desk.seconds)))
-        error = ApiError(f"this server has {len(desk.jobs)} requests to answer and takes no more; ask again in "
-                         f"{wait} s", 429, "overloaded")
-        error.headers = {"retry-after": wait}
-        raise error
+        raise ApiError(f"this server has {len(desk.jobs)} requests to answer and takes no more; ask again in "
+                       f"{wait} s", 429, "overloaded", headers={"retry-after": wait})
     desk.jobs[job.id] = job  # from here on it holds its place
     if not (job.key.requests or job.key.tokens):
         return {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TOKENS', 'NEUTRAL', 'CHAT_FIELDS', 'Engine', 'parse_prompt', 'read_object', 'make_request',
-           'parse_completion', 'as_completion', 'map_events', 'completion_response', 'ask_part', 'add_usage',
-           'stream_several', 'ask_several']
+           'parse_completion', 'as_completion', 'map_events', 'own_headers', 'completion_response', 'ask_part',
+           'add_usage', 'stream_several', 'ask_several']
 
 # %% ../../nbs/08_deployment/18_completions.ipynb #2be100a1
 import json
@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from .requests import (
     ApiError, ChatRequest, Prompt, Usage, drop_nulls, first_error, model_not_found, unify_request)
-from .streaming import StreamedAnswer, sse_event
+from .streaming import Completion, StreamedAnswer, sse_event, token_usage
 
 # %% ../../nbs/08_deployment/18_completions.ipynb #efde74bb
 DEFAULT_TOKENS = 16  # of a completion whose client sets no `max_tokens`, as OpenAI has it
@@ -109,6 +109,13 @@ async def map_events(
             yield sse_event(form(json.loads(event[6:]))) if event.startswith("data: {") else event
 
 
+def own_headers(
+    response: Response,  # an engine's answer
+) -> dict[str, str]:  # those that say something of the answer, whatever its form
+    "The headers that go along when an answer is written anew."
+    return {name: value for name, value in response.headers.items() if name.startswith("x-")}
+
+
 def completion_response(
     response: Response,  # a chat answer
 ) -> Response:  # the same as a completion
@@ -116,8 +123,7 @@ def completion_response(
     if isinstance(response, StreamedAnswer):
         response.events = response.body_iterator = map_events(response.events, as_completion)
         return response
-    headers = {name: value for name, value in response.headers.items() if name.startswith("x-")}
-    return JSONResponse(as_completion(json.loads(bytes(response.body))), headers=headers)
+    return JSONResponse(as_completion(json.loads(bytes(response.body))), headers=own_headers(response))
 
 # %% ../../nbs/08_deployment/18_completions.ipynb #aff106ea
 Engine = Callable[..., Coroutine[Any, Any, Response]]  # (request, usage, prompt) -> an answer
@@ -174,9 +180,8 @@ async def stream_several(
         finally:
             add_usage(usage, part)
     if request.stream_options.include_usage:
-        total = usage.prompt_tokens + usage.completion_tokens
-        yield sse_event(last | {"choices": [], "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": total,
-                                                         "completion_tokens": usage.completion_tokens}})
+        used = token_usage(usage.prompt_tokens, Completion(usage.completion_tokens))
+        yield sse_event(last | {"choices": [], "usage": used})
     yield "data: [DONE]\n\n"
 
 
@@ -200,8 +205,7 @@ async def ask_several(
         finally:
             add_usage(usage, part)
         answers.append(json.loads(bytes(response.body)))
-        headers = {name: value for name, value in response.headers.items() if name.startswith("x-")}
+        headers = own_headers(response)
     choices = [answer["choices"][0] | {"index": number} for number, answer in enumerate(answers)]
-    used = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens}
+    used = token_usage(usage.prompt_tokens, Completion(usage.completion_tokens))
     return JSONResponse(answers[0] | {"choices": choices, "usage": used}, headers=headers)

@@ -142,10 +142,9 @@ def tokens_left(
         raise ApiError(f"key: the prompt has {prompt} tokens, and {key.name!r} may take {key.tokens} in "
                        f"{key.seconds:g} seconds; send less text", 400, "quota_too_small")
     if waits[name]:
-        error = ApiError(f"key: {key.name!r} has used its {getattr(key, name)} {name} of {key.seconds:g} seconds; ask "
-                         f"again in {math.ceil(waits[name])} s", 429, "rate_limit_exceeded")
-        error.headers = {"retry-after": str(math.ceil(waits[name]))}
-        raise error
+        wait = str(math.ceil(waits[name]))
+        raise ApiError(f"key: {key.name!r} has used its {getattr(key, name)} {name} of {key.seconds:g} seconds; ask "
+                       f"again in {wait} s", 429, "rate_limit_exceeded", headers={"retry-after": wait})
     return key.tokens - sum(n for _, n, _ in rows) - held.tokens - prompt if key.tokens else None
 
 # %% ../../nbs/08_deployment/15_keys.ipynb #0d454cb2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .requests import ServingError, Usage
+from ..evaluation.costs import token_cost
 from ..foundation.project import relative_path, resolve_path
 
 # %% ../../nbs/08_deployment/14_ledger.ipynb #577c9052
@@ -79,7 +80,7 @@ class Prices:
 
     def cost(self, usage: Usage) -> float:
         "Of what a request took. Tokens that had been read before are charged like others."
-        return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
+        return token_cost(usage.prompt_tokens, usage.completion_tokens, self.prompt, self.completion)
 
 # %% ../../nbs/08_deployment/14_ledger.ipynb #18eef6a1
 def total_usage(

@@ -340,9 +340,7 @@ class LlamaCppEngine:
                 if self.reopen is None:
                     return ApiError(f"{said}; start the server again", 503, "engine_failed")
                 self.open(await asyncio.to_thread(self.reopen))
-        told = ApiError(f"{said}, and runs again; ask once more", 503, "engine_failed")
-        told.headers = {"retry-after": "1"}
-        return told
+        return ApiError(f"{said}, and runs again; ask once more", 503, "engine_failed", headers={"retry-after": "1"})
 
     async def count_prompt(self, request: ChatRequest) -> int:
         "Tokens of a request's prompt, as llama.cpp's template and tokenizer make them."

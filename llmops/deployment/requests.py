@@ -32,11 +32,12 @@ class ApiError(Exception):
         status: int = 400,  # HTTP status
         code: str | None = None,  # OpenAI's machine-readable code
         param: str | None = None,  # the parameter at fault
+        headers: dict[str, str] | None = None,  # of the response, such as `retry-after`; None: no others
     ) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.status, self.body = status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        self.headers: dict[str, str] | None = None  # of the response, such as `retry-after`
+        self.headers = headers
 
 # %% ../../nbs/08_deployment/01_requests.ipynb #357d94f7
 def context_exceeded(

@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from .completions import make_request, read_object
+from .completions import make_request, own_headers, read_object
 from .requests import ApiError, ChatRequest
 from .streaming import StreamedAnswer
 
@@ -235,5 +235,4 @@ def responses_answer(
     status = "incomplete" if choice["finish_reason"] == "length" else "completed"
     told = response_object(request, asked, status, output_items(choice["message"], status), answer["usage"])
     told |= {name: answer[name] for name in ("citations", "llmops") if name in answer}
-    headers = {name: value for name, value in response.headers.items() if name.startswith("x-")}
-    return JSONResponse(told, headers=headers)
+    return JSONResponse(told, headers=own_headers(response))

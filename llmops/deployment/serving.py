@@ -52,7 +52,7 @@ from ..foundation.datasets import dataset_path, read_split
 from ..foundation.checkpoints import model_kind, model_path, size_mb
 from ..foundation.generation import encode_prompt, generation_speed, measure_speed
 from ..foundation.models import load_model, load_tokenizer
-from ..foundation.needs import Workload, announce_stage, cgroup_memory
+from ..foundation.needs import Workload, announce_stage, machine_room
 from ..foundation.project import (
     ParamError, from_cell, project_root, relative_path, resolve_path, seed_everything, stage_params)
 from ..foundation.report import write_json
@@ -87,14 +87,10 @@ def read_serving(
 # %% ../../nbs/08_deployment/07_serving.ipynb #de1184a0
 def check_memory(
     path: Path,  # a model's file or folder
-    free: int | None = None,  # bytes; None: what this machine has
+    free: float | None = None,  # bytes; None: what this machine has
 ) -> None:
     "Raises `ServingError` for a model whose weights alone do not fit into memory."
-    import psutil
-    if free is None:
-        free = psutil.virtual_memory().available
-        limited = cgroup_memory()
-        free = min(free, limited[1]) if limited else free
+    free = machine_room().free * 1e9 if free is None else free
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin", ".gguf")]
     size = sum(file.stat().st_size for file in files)
     if size > free:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['context_length', 'PromptTooLong', 'count_too_long', 'check_lengths', 'left_pad', 'position_ids', 'length_batches',
-           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'generate_scored', 'read_prompts',
-           'draw_answers', 'generate', 'completion_logprobs', 'batch_losses', 'perplexity', 'time_calls',
-           'measure_speed', 'synchronize_gpu', 'generation_speed']
+           'stop_tokens', 'chosen_logprobs', 'answer_length', 'generate_batch', 'read_answers', 'generate_scored',
+           'read_prompts', 'draw_answers', 'generate', 'completion_logprobs', 'batch_losses', 'perplexity',
+           'time_calls', 'measure_speed', 'synchronize_gpu', 'generation_speed']
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #a3dc7f30
 import copy
@@ -158,6 +158,19 @@ def generate_batch(
     return tokens, chosen_logprobs(output.logits, tokens)
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #d6aa77ac
+def read_answers(
+    tokenizer: "PreTrainedTokenizerBase",  # of the model
+    tokens: "torch.Tensor",  # [rows, steps], of `generate_batch`
+    logprobs: "torch.Tensor",  # [rows, steps], likewise
+    stop: list[int],  # tokens that end an answer
+) -> list[tuple[str, float]]:  # answers without special tokens, and their tokens' mean log-probability
+    "What was written, and how sure the model was."
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    lengths = [answer_length(row, stop) for row in tokens]
+    return [(text.strip(), float(row[:length].mean()))
+            for text, row, length in zip(texts, logprobs, lengths, strict=True)]
+
+
 def generate_scored(
     model: Any,  # a model or a peft model
     tokenizer: "PreTrainedTokenizerBase",  # its tokenizer
@@ -179,10 +192,8 @@ def generate_scored(
         held = [tries[i] for i in batch] if tries else None
         tokens, logprobs = generate_batch(model, inputs, max_new_tokens, pad, stop, tries=held,
                                           temperature=temperature)
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for row, i in enumerate(batch):
-            length = answer_length(tokens[row], stop)
-            answers[i] = texts[row].strip(), float(logprobs[row, :length].mean())
+        for i, answer in zip(batch, read_answers(tokenizer, tokens, logprobs, stop), strict=True):
+            answers[i] = answer
     return answers
 
 # %% ../../nbs/00_foundation/30_generation.ipynb #986cc8a8
