@@ -113,6 +113,7 @@ GIVEN: dict[
     },
     "adaptation.alignment": {"max_steps": 2, "pairs": 8, "eval_pairs": 4, "sample_prompts": 1, "max_new_tokens": 2},
     "compression.distillation": {"method": "on_policy", "student_share": 1.0, "max_steps": 2},
+    "compression.pareto": {"time_prompts": 1, "time_new_tokens": 2, "resamples": 100},
     "adaptation.reward_model": {"max_steps": 2, "resamples": 100},
     "adaptation.policy_gradient": {
         "reward": "length",

@@ -32,24 +32,26 @@ if TYPE_CHECKING:
 # %% ../../nbs/07_compression/03_compensation.ipynb #9f2746f0
 def unpack_codes(
     words: "torch.Tensor",  # int32 [rows, columns]; codes lie along the rows
-    bits: int,  # bits of a code: 2, 4 or 8
+    bits: int,  # bits of a code: 2, 3, 4 or 8
 ) -> "torch.Tensor":  # uint8 [rows * 32 / bits, columns]
-    "The codes in packed 32-bit words, lowest bits first."
+    "The codes in packed 32-bit words, lowest bits first; a code of 3 bits may begin in one word and end in the next."
+    import numpy as np
     import torch
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    codes = (words[:, None, :] >> shifts[None, :, None]) & (2**bits - 1)
-    return codes.reshape(-1, words.shape[1]).to(torch.uint8)
+    packed = np.ascontiguousarray(words.t().numpy()).view(np.uint8)
+    single = np.unpackbits(packed, axis=1, bitorder="little").reshape(len(packed), -1, bits)
+    return torch.from_numpy(np.packbits(single, axis=2, bitorder="little")[..., 0].T.copy())
 
 # %% ../../nbs/07_compression/03_compensation.ipynb #f19c0163
 def pack_codes(
-    codes: "torch.Tensor",  # integer [rows, columns], 0 <= code < 2**bits; rows a multiple of 32 / bits
-    bits: int,  # bits of a code: 2, 4 or 8
+    codes: "torch.Tensor",  # integer [rows, columns], 0 <= code < 2**bits; rows * bits a multiple of 32
+    bits: int,  # bits of a code: 2, 3, 4 or 8
 ) -> "torch.Tensor":  # int32 [rows * bits / 32, columns]
     "Codes as packed 32-bit words, lowest bits first."
+    import numpy as np
     import torch
-    shifts = torch.arange(0, 32, bits, dtype=torch.int64)
-    words = (codes.long().reshape(-1, len(shifts), codes.shape[1]) << shifts[None, :, None]).sum(1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    each = codes.t().numpy().astype(np.uint8)[..., None]
+    single = np.unpackbits(each, axis=2, count=bits, bitorder="little").reshape(len(each), -1)
+    return torch.from_numpy(np.packbits(single, axis=1, bitorder="little").view(np.int32).T.copy())
 
 # %% ../../nbs/07_compression/03_compensation.ipynb #f2eebf75
 def layer_names(

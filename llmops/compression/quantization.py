@@ -9,7 +9,7 @@ __all__ = ['KIND', 'GROUP_SIZES', 'AUTO_GPTQ_PYTHON', 'AUTO_GPTQ', 'Quantization
            'quantize_gptq', 'check_auto_gptq', 'config_for_transformers_4', 'link_for_transformers_4',
            'quantize_auto_gptq', 'checkpoint_tensors', 'write_configs', 'clear_folder', 'written_tensors',
            'write_checkpoint', 'quantize_bitsandbytes', 'compare_logprobs', 'load_answer_logprobs', 'code_bytes',
-           'check_layers', 'verify_quantized', 'compensate_errors', 'quantize_four_bits', 'check_ties', 'check_source',
+           'check_layers', 'verify_quantized', 'compensate_errors', 'quantize_linear', 'check_ties', 'check_source',
            'check_kernels', 'check_source_for', 'describe_source', 'QuantizationResult', 'unquantized_folder',
            'resolve_inputs', 'run_quantization']
 
@@ -65,7 +65,7 @@ class QuantizationParams:
     method: Literal["nf4", "int8", "gptq", "rtn"] = "gptq"  # bitsandbytes, GPTQ, or plain rounding in GPTQ's format
     data: str = "tiny:data"  # dataset: calibration from its training rows, check on its validation rows
     backend: Literal["gptqmodel", "auto_gptq"] = "gptqmodel"  # who runs GPTQ; auto_gptq needs CUDA
-    bits: Literal[2, 4, 8] = 4  # bits of a weight, GPTQ and rtn
+    bits: Literal[2, 3, 4, 8] = 4  # bits of a weight, GPTQ and rtn
     group_size: Annotated[int, Field(ge=-1, le=1024)] = 32  # inputs that share a scale; -1: all of a row
     sym: bool = True  # zero point fixed in the middle; GGUF Q4_0 needs it
     desc_act: bool = False  # act-order: inputs with the largest activations first; GGUF cannot hold it
@@ -542,7 +542,7 @@ def compensate_errors(
                        learning_rate=cfg.compensate_rate, seed=cfg.seed)
 
 # %% ../../nbs/07_compression/02_quantization.ipynb #73f4186e
-def quantize_four_bits(
+def quantize_linear(
     cfg: QuantizationParams,  # the stage's parameters
     folder: Path,  # the unquantised model
     work: Path,  # where to write
@@ -699,7 +699,7 @@ def run_quantization(
         if cfg.method in ("nf4", "int8"):
             quantize_bitsandbytes(folder, work, cfg.method)
         else:
-            history = quantize_four_bits(cfg, folder, work, data)
+            history = quantize_linear(cfg, folder, work, data)
         metrics = verify_quantized(folder, work, rows, cfg)
     for row in history:
         log.log({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))

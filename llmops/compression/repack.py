@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['FAMILIES', 'SPLITS', 'GENERATED', 'q4_0_blocks', 'interleave_heads', 'RepackError', 'read_config',
            'quantization_faults', 'architecture_faults', 'check_settings', 'read_gptq_layer', 'dense_tensor',
-           'checkpoint_tensors', 'rotary_heads', 'TensorNames', 'gguf_tensors', 'bpe_spec', 'token_table',
-           'tokenizer_fields', 'base_gguf', 'gguf_fields', 'model_fields', 'add_fields', 'copy_fields', 'write_fields',
-           'write_gguf', 'gptq_weight', 'read_tensor', 'same_bits', 'unequal_tensors', 'repack_checkpoint']
+           'checkpoint_tensors', 'rotary_heads', 'TensorNames', 'output_matrix', 'gguf_tensors', 'bpe_spec',
+           'token_table', 'tokenizer_fields', 'base_gguf', 'gguf_fields', 'model_fields', 'add_fields', 'copy_fields',
+           'write_fields', 'write_gguf', 'gptq_weight', 'read_tensor', 'same_bits', 'rounded_q8_0', 'unequal_tensors',
+           'repack_checkpoint']
 
 # %% ../../nbs/07_compression/04_repack.ipynb #9ebbd0e8
 def q4_0_blocks(
@@ -203,11 +204,20 @@ class TensorNames:
         return self.heads.get(name.removesuffix(".bias").rpartition(".")[2], 0)
 
 # %% ../../nbs/07_compression/04_repack.ipynb #9d20251d
+def output_matrix(
+    names: TensorNames,  # of a checkpoint
+) -> str:  # GGUF name
+    "The matrix that turns the last hidden state into logits: the embedding, where the two are one."
+    return "token_embd.weight" if names.tied else "output.weight"
+
+
 def gguf_tensors(
     folder: Path,  # a GPTQ checkpoint
     config: dict[str, Any],  # its config.json
+    output_tensor_type: str = "exact",  # exact or q8_0
 ) -> Iterator[tuple[str, np.ndarray, str]]:  # GGUF name, data, and the name of the GGUF type
     "Every tensor of a checkpoint the way GGUF stores it."
+    import gguf
     names = TensorNames(config)
     stored_zero = 8 if config["quantization_config"].get("checkpoint_format") == "gptq_v2" else 7
     for name, parts in checkpoint_tensors(folder):
@@ -219,6 +229,9 @@ def gguf_tensors(
             if heads:
                 codes, scales = interleave_heads(codes, heads), interleave_heads(scales, heads)
             yield target, q4_0_blocks(codes, scales), "Q4_0"
+        elif output_tensor_type == "q8_0" and target == output_matrix(names):
+            weight = next(iter(parts.values())).float().numpy()
+            yield target, gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q8_0), "Q8_0"
         else:
             data, dtype = dense_tensor(name, next(iter(parts.values())))
             yield target, interleave_heads(data, heads) if heads else data, dtype
@@ -375,13 +388,14 @@ def write_gguf(
     folder: Path,  # a GPTQ checkpoint
     out: Path,  # the GGUF file to write
     config: dict[str, Any],  # the checkpoint's config.json
+    output_tensor_type: str = "exact",  # exact or q8_0
 ) -> dict[str, int]:  # GGUF type -> number of tensors
     "Write metadata and tensors."
     import gguf
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[TensorNames(config).arch])
     write_fields(writer, folder, config)
     types: dict[str, int] = {}
-    for name, data, dtype in gguf_tensors(folder, config):
+    for name, data, dtype in gguf_tensors(folder, config, output_tensor_type):
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[dtype])
         types[dtype] = types.get(dtype, 0) + 1
     writer.write_header_to_file()
@@ -427,11 +441,24 @@ def same_bits(
     return a.shape == b.shape and not (a.view(np.uint32) != np.ascontiguousarray(b).view(np.uint32)).any()
 
 # %% ../../nbs/07_compression/04_repack.ipynb #e8a4f80e
+def rounded_q8_0(
+    weight: np.ndarray,  # float32
+    stored: np.ndarray,  # float32, of the GGUF file
+) -> bool:  # also False for another shape
+    "Whether a matrix is what Q8_0 makes of another: half a step of a block of 32, and its fp16 scale's rounding."
+    import numpy as np
+    if weight.shape != stored.shape:
+        return False
+    blocks = weight.reshape(-1, 32)
+    step = np.abs(blocks).max(1, keepdims=True) / 127
+    return bool((np.abs(blocks - stored.reshape(-1, 32)) <= 0.57 * step + 1e-5).all())
+
+
 def unequal_tensors(
     folder: str | Path,  # a GPTQ checkpoint
     path: str | Path,  # the GGUF file made from it
 ) -> list[str]:  # names of the tensors that are missing, extra or not equal bit for bit; empty when it is exact
-    "Dequantise both files to float32 and compare every tensor."
+    "Dequantise both files to float32 and compare every tensor. A matrix in Q8_0 has to be what Q8_0 makes of it."
     import gguf
     folder = resolve_path(folder)
     config = read_config(folder)
@@ -444,21 +471,26 @@ def unequal_tensors(
         weight = gptq_weight(parts, offset) if "qweight" in parts else next(iter(parts.values())).float().numpy()
         tensor = written.get(target := names.gguf_name(name))
         seen.add(target)
-        if tensor is None or not same_bits(weight, read_tensor(tensor, names.reordered_heads(name), weight.shape)):
-            unequal.append(name)
+        if tensor is not None and tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            equal = target == output_matrix(names) and rounded_q8_0(weight, read_tensor(tensor, 0, weight.shape))
+        else:
+            equal = tensor is not None and same_bits(
+                weight, read_tensor(tensor, names.reordered_heads(name), weight.shape))
+        unequal += [] if equal else [name]
     return unequal + sorted(set(written) - seen)
 
 # %% ../../nbs/07_compression/04_repack.ipynb #91a978c6
 def repack_checkpoint(
     folder: str | Path,  # a GPTQ checkpoint
     out: str | Path,  # the GGUF file to write
+    output_tensor_type: str = "exact",  # exact, or q8_0: the output matrix in 8 bits, which changes answers
 ) -> dict[str, int]:  # GGUF type -> number of tensors
-    "Write a GPTQ checkpoint as GGUF without changing a weight. Raises `RepackError` when that is not possible."
+    "Write a GPTQ checkpoint as GGUF without changing another weight. Raises `RepackError` when that is not possible."
     folder, out = resolve_path(folder), resolve_path(out)
     config = read_config(folder)
     try:
         check_settings(config)
-        types = write_gguf(folder, out, config)
+        types = write_gguf(folder, out, config, output_tensor_type)
         unequal = unequal_tensors(folder, out)
         if unequal:
             raise RepackError(f"written, and not equal: {', '.join(unequal[:5])}")

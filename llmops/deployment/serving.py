@@ -112,7 +112,8 @@ def open_engine(
 
         def start_server() -> Any:
             return llamacpp_server(path / about["file"], about["model"], about["context"], threads, about["slots"],
-                                   str(socket_folder / f"llamacpp-{next(sockets)}.sock"))
+                                   str(socket_folder / f"llamacpp-{next(sockets)}.sock"),
+                                   about.get("prompt_lookup", False))
 
         server = start_server()
         with llamacpp_reader(server.listening_address) as reader:
@@ -356,11 +357,12 @@ def repack_exactly(
     gguf: Path,  # where to write
     context: int,  # tokens of prompt and answer together
     prompts: list[list[dict[str, str]]],  # the test split's prompts
+    output_tensor_type: str = "exact",  # exact or q8_0
 ) -> None:
-    "Put a model into llama.cpp's format. Raises `RepackError` with the reason when that would change its answers."
+    "Put a model into llama.cpp's format. Raises `RepackError` with the reason when that would change what it reads."
     if model_kind(path) != "gptq":
         raise RepackError("the model is no GPTQ checkpoint")
-    repack_checkpoint(path, gguf)
+    repack_checkpoint(path, gguf, output_tensor_type)
     quiet_transformers()
     server = llamacpp_server(gguf, path.name, context, available_threads(), slots=1)
     other = count_other_prompts(server.listening_address, load_tokenizer(path), prompts)
@@ -375,6 +377,7 @@ def choose_engine(
     gguf: Path,  # where to write it for llama.cpp
     context: int,  # tokens of prompt and answer together
     prompts: list[list[dict[str, str]]],  # the test split's prompts
+    output_tensor_type: str = "exact",  # exact or q8_0
 ) -> tuple[str, str]:  # engine, and why this one
     "llama.cpp where it is exact, transformers elsewhere; never silently."
     import torch
@@ -383,8 +386,10 @@ def choose_engine(
             raise RepackError("the parameters say so")
         if wanted == "auto" and torch.cuda.is_available():
             raise RepackError("there is a GPU, and llama.cpp is built for the CPU here")
-        repack_exactly(path, gguf, context, prompts)
-        return "llamacpp", "the same weights bit for bit, and the same tokens for every test prompt"
+        repack_exactly(path, gguf, context, prompts, output_tensor_type)
+        weights = "the same weights bit for bit" if output_tensor_type == "exact" else (
+            "the output matrix rounded to 8 bits, every other weight the same bit for bit")
+        return "llamacpp", f"{weights}, and the same tokens for every test prompt"
     except RepackError as e:
         if wanted == "llamacpp":
             raise
@@ -501,6 +506,8 @@ class ServingParams:
     engine: Literal["auto", "llamacpp", "transformers"] = "auto"  # auto: llama.cpp where exact, and without a GPU
     context: int = Field(1024, ge=64)  # tokens of prompt and answer together, at most the model's own
     slots: int = Field(4, ge=1, le=64)  # conversations that llama.cpp answers at once
+    output_tensor_type: Literal["exact", "q8_0"] = "exact"  # q8_0: output matrix in 8 bits, llama.cpp only
+    prompt_lookup: bool = False  # draft answers from their prompt, for answers that quote it; llama.cpp only
     threads: int = Field(0, ge=0)  # CPU threads; 0: every core
     port: int = Field(0, ge=0, le=65535)  # of the stage's own server; 0: any free one
     questions: int = Field(2, ge=1)  # test questions to ask
@@ -516,6 +523,9 @@ class ServingParams:
     def __post_init__(self) -> None:
         if self.max_repeats == 1:
             raise ValueError("max_repeats: words that stand once are no repetition; set 2 or more, or 0 for no limit")
+        if self.engine != "llamacpp" and (self.output_tensor_type != "exact" or self.prompt_lookup):
+            raise ValueError("output_tensor_type, prompt_lookup: only llama.cpp has them; set engine: llamacpp, or "
+                             "output_tensor_type: exact and prompt_lookup: false")
 
 # %% ../../nbs/08_deployment/07_serving.ipynb #08756001
 @dataclass
@@ -559,9 +569,11 @@ def describe_serving(
     reason: str,  # why
     slots: int,  # conversations at once
     limits: AnswerLimits,  # when an answer is ended
+    prompt_lookup: bool = False,  # does llama.cpp draft answers from their prompt?
 ) -> dict[str, Any]:  # serving.json
     "What a server must know to serve the artifact."
-    return {"model": inputs.name, "engine": engine, "reason": reason,
+    lookup = {"prompt_lookup": True} if prompt_lookup else {}
+    return lookup | {"model": inputs.name, "engine": engine, "reason": reason,
             "file": "model.gguf" if engine == "llamacpp" else None, "source": relative_path(inputs.model),
             "digest": input_digest(inputs.model), "context": inputs.context, "slots": slots, "limits": asdict(limits)}
 
@@ -581,9 +593,10 @@ def run_serving(
     limits = AnswerLimits(cfg.default_max_tokens, cfg.max_repeats, cfg.repeat_characters)
     announce_stage("serving", inputs.model, Workload("answer", inputs.context, cfg.slots), cfg.out)
     with working_folder(cfg.out, cfg) as work:
-        engine, reason = choose_engine(cfg.engine, inputs.model, work / "model.gguf", inputs.context, prompts)
+        engine, reason = choose_engine(cfg.engine, inputs.model, work / "model.gguf", inputs.context, prompts,
+                                       cfg.output_tensor_type)
         speed = {"transformers": time_transformers(inputs.model, timed, cfg.speed_tokens, cfg.threads)}
-        about = describe_serving(inputs, engine, reason, cfg.slots, limits)
+        about = describe_serving(inputs, engine, reason, cfg.slots, limits, cfg.prompt_lookup)
         write_json(work / "serving.json", about, sort_keys=True, ensure_ascii=True)
         with run_server(work, cfg.port, cfg.threads) as (address, _):
             answers = ask_questions(address, drawn[: cfg.questions], cfg.max_tokens)
