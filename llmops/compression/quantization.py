@@ -41,7 +41,7 @@ from ..foundation.datasets import dataset_path, read_split
 from ..foundation.checkpoints import check_model_folder, model_kind, model_path, read_config, size_mb
 from ..foundation.generation import completion_logprobs, encode_completion, encode_prompt
 from ..foundation.memory import meta_model
-from ..foundation.models import load_model, load_tokenizer
+from ..foundation.models import default_dtype, load_model, load_tokenizer
 from ..foundation.needs import Workload, announce_stage
 from ..foundation.saving import save_tokenizer
 from ..foundation.project import (
@@ -292,7 +292,8 @@ def quantize_gptq(
         from logbar import LogBar
         settings = gptq_config(cfg)
         LogBar.shared().setLevel("CRITICAL")
-        model = GPTQModel.load(str(folder), settings, dtype=torch.bfloat16, **attention_setting(folder))
+        dtype = getattr(torch, default_dtype())  # bfloat16 is ten times slower where the machine has none
+        model = GPTQModel.load(str(folder), settings, dtype=dtype, **attention_setting(folder))
         model.quantize(inputs, batch_size=cfg.batch_size)
         model.save(str(work))
 
