@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llmops.foundation.artifacts import ArtifactError, read_manifest, seal
@@ -16,10 +17,12 @@ from llmops.compression.quantization import (
     run_quantization,
     verify_quantized,
 )
+from llmops.compression.compensation import layer_names, read_layer, rebuild_weight
 from llmops.foundation.checkpoints import model_path
 from llmops.foundation.generation import generate
 from llmops.foundation.models import load_model
 from llmops.foundation.project import ParamError, read_params
+from llmops.foundation.weights import load_tensors
 
 SMALL = {"task_rows": 3, "general_rows": 1, "compensate_steps": 1, "compensate_batch": 2, "check_rows": 2}
 
@@ -79,6 +82,7 @@ def test_other_seed_other_calibration(tmp_path):
         {"sym": False},
         {"bits": 8},
         {"bits": 2, "max_kl": 9.0},
+        {"bits": 3, "max_kl": 9.0},
         {"group_size": -1, "group_aware": False},
         {"group_aware": False},
         {"desc_act": True, "compensate_steps": 0},
@@ -91,6 +95,17 @@ def test_settings_reach_the_weights(change, tmp_path):
     done, other = made(tmp_path, "other", **({"compensate_steps": 0} | change))
     assert plain["files"]["model.safetensors"] != other["files"]["model.safetensors"]
     assert done.metrics["kl"] < 9
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_packed_as_gptqmodel_reads_them(bits, tmp_path):
+    "A code of 3 bits may lie in two words; the library's own kernel says what a layer's weights are."
+    for method in ("gptq", "rtn"):
+        made(tmp_path, method, method=method, bits=bits, max_kl=20.0, compensate_steps=0)
+        tensors, (model, _) = load_tensors(tmp_path / method), load_model(tmp_path / method, dtype="float32")
+        for name in layer_names(tensors):
+            ours = rebuild_weight(*read_layer(tensors, name, bits))
+            assert torch.allclose(model.get_submodule(name).dequantize_weight().float().t(), ours, atol=1e-3)
 
 
 def test_int8_is_quiet(tmp_path, capfd):

@@ -199,6 +199,25 @@ def stages(gptq, tmp_path_factory):
     }
 
 
+def test_a_smaller_output_matrix_and_drafts_are_told_and_served(gptq, stages, tmp_path):
+    made, _ = served(tmp_path / "q8", model=str(gptq), engine="llamacpp", output_tensor_type="q8_0", prompt_lookup=True)
+    assert "the output matrix rounded to 8 bits" in made.about["reason"] and made.about["prompt_lookup"] is True
+    assert made.metrics["size_mb"] < stages["llamacpp"][1].metrics["size_mb"]
+    with run_server(tmp_path / "q8", threads=1) as (address, _):
+        quoting = [{"role": "user", "content": "the letter of the clerk, the letter of the clerk, the letter of"}]
+        body = {"model": made.about["model"], "messages": quoting, "max_tokens": 24, "ignore_eos": True}
+        answers = [httpx.post(f"{address}/chat/completions", json=body, timeout=60).json() for _ in range(2)]
+    assert answers[0]["usage"]["completion_tokens"] == 24
+    assert answers[0]["choices"][0]["message"] == answers[1]["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("more", [{"output_tensor_type": "q8_0"}, {"prompt_lookup": True}])
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
+def test_what_only_llamacpp_has_is_not_lost_on_another_engine(engine, more):
+    with pytest.raises(ValueError, match="only llama.cpp has them"):
+        ServingParams(engine=engine, **more)
+
+
 @pytest.fixture(scope="module", params=["llamacpp", "transformers"])
 def server(stages, request):
     folder, made, manifest = stages[request.param]
