@@ -32,7 +32,7 @@ from .load import RESULTS, keep_results, run_bare
 
 # %% auto #0
 __all__ = ['VARIANTS', 'read_bandwidth', 'bytes_per_token', 'Variant', 'write_variant', 'ask_engine', 'rate', 'Tried',
-           'try_variant', 'variant_row', 'main']
+           'try_variant', 'speed_row', 'answers_row', 'main']
 
 # %% ../../nbs/11_studies/20_decode.ipynb #dfc9699b
 def read_bandwidth(
@@ -129,8 +129,7 @@ class Tried:
     "What a variant did."
     answers: list[str]  # to the test questions
     real: list[dict[str, Any]]  # llama.cpp's timings of them
-    long: list[dict[str, Any]]  # and of answers of a fixed length, whatever is in them
-    uncached: list[dict[str, Any]]  # and of questions whose prompt was read from its beginning
+    long: list[dict[str, Any]]  # and of answers of a fixed length, whatever is in them, whose prompt was read anew
     bytes_per_token: float  # that are read, at the mean length of the fixed answers
 
 
@@ -152,31 +151,38 @@ def try_variant(
             real = [ask_engine(address, served, messages, 24) for messages in prompts]
             fixed: dict[str, Any] = {"ignore_eos": True, "cache_prompt": False}
             long = [ask_engine(address, served, m, long_tokens, **fixed)[1] for m in prompts[:long_prompts]]
-            cold = [ask_engine(address, served, m, 2, cache_prompt=False)[1] for m in prompts[:long_prompts]]
-        context = sum(t["prompt_n"] + t["predicted_n"] / 2 for t in long) / len(long)
+        context = sum(t["prompt_n"] + t["predicted_n"] / 2 for t in long) / len(long) if long else 0
         size = bytes_per_token(folder / "model.gguf", read_config(model), round(context))
-    return Tried([text for text, _ in real], [t for _, t in real], long, cold, size)
+    return Tried([text for text, _ in real], [t for _, t in real], long, size)
 
 # %% ../../nbs/11_studies/20_decode.ipynb #808162f5
-def variant_row(
+def speed_row(
+    variant: Variant,  # how it was served
+    tried: Tried,  # what it did
+    bandwidth: float,  # bytes per second
+) -> Row:  # tokens per second, and their limit
+    "How fast one way to serve is."
+    limit, speed = bandwidth / tried.bytes_per_token, rate(tried.long, "predicted")
+    return {"variant": variant.name, "tokens_per_second": speed, "limit": limit, "share_of_limit": speed / limit,
+            "mb_per_token": tried.bytes_per_token / 1e6,
+            "test_answers_tokens_per_second": rate(tried.real, "predicted"),
+            "prefill_tokens_per_second": rate(tried.long, "prompt")}
+
+
+def answers_row(
     variant: Variant,  # how it was served
     tried: Tried,  # what it did
     first: Tried,  # what the exact variant did
     rows: Sequence[Row],  # the test questions, with `answer`
     refusal: str,  # how the data say that there is no answer
-    bandwidth: float,  # bytes per second
-) -> Row:  # speed and its limit, drafts, and answers with their F1
-    "One way to serve, for people."
+) -> Row:  # drafts, how much of the prompts was read before, and answers with their F1
+    "What one way to serve answers."
     scored, before = (score_answers(list(rows), list(t.answers), refusal) for t in (tried, first))
     f1, base = ([float(p["f1"]) for p in each] for each in (scored, before))
     drafted, kept = (sum(t.get(name, 0) for t in tried.real) for name in ("draft_n", "draft_n_accepted"))
-    limit, speed = bandwidth / tried.bytes_per_token, rate(tried.long, "predicted")
     read, cached = (sum(t[name] for t in tried.real) for name in ("prompt_n", "cache_n"))
-    return {"variant": variant.name, "tokens_per_second": speed, "limit": limit, "share_of_limit": speed / limit,
-            "mb_per_token": tried.bytes_per_token / 1e6,
-            "test_answers_tokens_per_second": rate(tried.real, "predicted"),
-            "prefill_tokens_per_second": rate(tried.uncached, "prompt"), "cached_share": cached / (read + cached),
-            "drafted": drafted, "accepted": kept, "acceptance": kept / drafted if drafted else None,
+    return {"variant": variant.name, "cached_share": cached / (read + cached), "drafted": drafted, "accepted": kept,
+            "acceptance": kept / drafted if drafted else None, "written": sum(t["predicted_n"] for t in tried.real),
             "same_answers": sum(a == b for a, b in zip(tried.answers, first.answers, strict=True)),
             "questions": len(rows), **named_interval("f1", f1),
             **named_interval("f1_delta", paired_differences(f1, base, variant.name))}
@@ -185,27 +191,35 @@ def variant_row(
 def main(
     argv: list[str] | None = None,  # the arguments; the process's own when None
 ) -> None:
-    "`python -m llmops.studies.decode MODEL`: how fast a GPTQ checkpoint writes, and what makes it faster."
+    "`python -m llmops.studies.decode speed|answers MODEL`: how fast a GPTQ checkpoint writes, and what that costs."
     parser = argparse.ArgumentParser(prog="python -m llmops.studies.decode", description=main.__doc__)
+    parser.add_argument("part", choices=["speed", "answers"], help="which of the figures")
     parser.add_argument("model", help="a GPTQ checkpoint")
     parser.add_argument("--data", default="runs/data", help="the dataset whose test questions are asked")
-    parser.add_argument("--questions", type=int, default=0, help="of them; 0: all")
+    parser.add_argument("--questions", type=int, default=48, help="of them, for the speed; for answers all are asked")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--out", default=RESULTS, help="where the figures go")
     args = parser.parse_args(argv)
-    rows = read_split(args.data, "test")[:args.questions or None]
+    speed = args.part == "speed"
+    rows = read_split(args.data, "test")[:args.questions if speed else None]
     refusal = next(row["answer"] for row in rows if not row["answerable"])
-    before = read_bandwidth(args.threads)
+    before = read_bandwidth(args.threads) if speed else 0.0
     tried = {}
     for variant in VARIANTS:
-        tried[variant] = try_variant(args.model, variant, [row["prompt"] for row in rows], args.threads)
-        print(variant.name, f"{rate(tried[variant].long, 'predicted'):.0f} tokens/s", flush=True)
-    bandwidth = max(before, read_bandwidth(args.threads))
-    table = [variant_row(variant, t, tried[VARIANTS[0]], rows, refusal, bandwidth) for variant, t in tried.items()]
-    figures = {name: table[0][name] for name in ("tokens_per_second", "limit", "share_of_limit")}
+        prompts = [row["prompt"] for row in rows]
+        tried[variant] = try_variant(args.model, variant, prompts, args.threads, 6 if speed else 0)
+        print(f"{variant.name}: done", flush=True)
     command = f"python -m llmops.studies.decode {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    keep_results({"decode": {**figures, "bandwidth_gb_per_second": bandwidth / 1e9, "threads": args.threads,
-                             "variants": table}, "commands": [command]}, args.out)
+    if speed:
+        bandwidth = max(before, read_bandwidth(args.threads))
+        table = [speed_row(variant, t, bandwidth) for variant, t in tried.items()]
+        figures = {name: table[0][name] for name in ("tokens_per_second", "limit", "share_of_limit")}
+        figures |= {"bandwidth_gb_per_second": bandwidth / 1e9, "threads": args.threads, "model": args.model}
+        found: Row = {"decode": {**figures, "variants": table}}
+    else:
+        table = [answers_row(variant, t, tried[VARIANTS[0]], rows, refusal) for variant, t in tried.items()]
+        found = {"decode_answers": table}
+    keep_results({**found, "commands": [command]}, args.out)
     print(json.dumps(table, indent=1))
 
 
