@@ -13,7 +13,7 @@ export GPTQMODEL_CPU_WORKERS ?= 2
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run rag select prompting gate people test check lab docs serve interop lock results seeds browser clean
+.PHONY: help setup run rag select prompting gate people test check lab docs serve interop clients lock results seeds browser clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -76,6 +76,12 @@ $(AGQ)/.installed: requirements/auto-gptq.txt requirements/install.py
 
 $(AGQ)/.ready: $(AGQ)/.installed
 	@$(if $(shell cat $(AGQ)/failed.txt 2>/dev/null),$(error $(shell cat $(AGQ)/failed.txt)))touch $@
+
+clients: $(READY)  ## do LangChain, LlamaIndex, LiteLLM and OpenAI's packages talk to our server?
+	test -d .venv-clients || '$(PYTHON)' -m venv .venv-clients
+	.venv-clients/bin/pip install -q -r requirements/clients.txt
+	if command -v npm >/dev/null; then npm install --silent --prefix .venv-clients/npm openai; fi
+	python tests/interop_clients.py
 
 serve: $(READY)  ## serve the winner on 127.0.0.1:$(PORT)
 	@llmops serve --port $(PORT)

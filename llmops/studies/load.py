@@ -140,8 +140,8 @@ def chat_request(
 
 
 def many_connections() -> httpx.AsyncClient:
-    "A client that opens as many connections as are asked of it."
-    return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None, max_keepalive_connections=None))
+    "A client that opens a connection for every request: llama.cpp's own server closes kept ones without a word."
+    return httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 # %% ../../nbs/11_studies/19_load.ipynb #556cfe86
 async def run_clients(
@@ -175,6 +175,7 @@ def level_row(
     tokens = sum(a.completion_tokens if a.completion_tokens is not None else a.pieces for a in good)
     first = [a.first_token for a in good if a.first_token is not None]
     row: Row = {"requests": len(found), "failed": len(found) - len(good), "tokens_per_second": tokens / seconds}
+    row["first_problem"] = next((a.problem for a in found if a.problem), None)
     row |= {f"first_token_p{q}": float(np.percentile(first, q)) if first else None for q in (50, 95)}
     whole = [a.seconds for a in good]
     return row | {f"answer_p{q}": float(np.percentile(whole, q)) if whole else None for q in (50, 95)}
@@ -202,6 +203,9 @@ def compare_servers(
             row: Row = {"clients": clients, "server": name}
             for figure in each[0]:
                 values = [r[figure] for r in each if r[figure] is not None]
+                if figure == "first_problem":
+                    row[figure] = values[0] if values else None
+                    continue
                 total = figure in ("requests", "failed")
                 row[figure] = int(sum(values)) if total else float(np.median(values)) if values else None
             ratios = [r["tokens_per_second"] / b["tokens_per_second"] for r, b in zip(each, bare, strict=True)]
