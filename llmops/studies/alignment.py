@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ['RESULTS', 'FIGURES', 'refusal_figures', 'refusal_logprobs', 'refusal_scores', 'refuse_below', 'free_curve',
            'matched_threshold', 'mean_over_seeds', 'paired_delta', 'win_rate', 'length_controlled', 'arm_figures',
            'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'artifact_metrics',
-           'figure_rows', 'describe_dpo', 'describe_reward_model', 'main']
+           'figure_rows', 'describe_dpo', 'describe_reinforcement', 'describe_reward_model', 'main']
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #d36b2774
 def refusal_figures(
@@ -124,12 +124,12 @@ def matched_threshold(
 def mean_over_seeds(
     arms: Sequence[Sequence[Row]],  # predictions of each seed, the same questions
     name: str,  # f1, or hallucination: an answer where there is none
-    answerable: bool,  # of which questions
+    answerable: bool | None,  # of which questions; None: of all
 ) -> list[float]:  # one per question
     "A figure of every question of a kind, averaged over seeds."
     each = []
     for predictions in arms:
-        kept = [p for p in predictions if p["answerable"] == answerable]
+        kept = [p for p in predictions if answerable is None or p["answerable"] == answerable]
         each.append([float(not p["refused"]) if name == "hallucination" else float(p[name]) for p in kept])
     return [sum(values) / len(values) for values in zip(*each, strict=True)]
 
@@ -138,7 +138,7 @@ def paired_delta(
     arm: Sequence[Sequence[Row]],  # predictions of each seed
     other: Sequence[Sequence[Row]],  # of what it is compared with
     name: str,  # f1 or hallucination
-    answerable: bool,  # of which questions
+    answerable: bool | None,  # of which questions; None: of all
     seed: int = 42,  # of the bootstrap
 ) -> dict[str, float | None]:  # NAME_delta, with _low and _high
     "By how much an arm differs, with a 95% interval over questions."
@@ -196,6 +196,7 @@ def arm_figures(
     threshold = matched_threshold(curve, means["hallucination"])
     free = [refuse_below(sft.predictions, threshold)]
     means |= paired_delta(arm, [sft.predictions], "hallucination", False)
+    means |= paired_delta(arm, [sft.predictions], "f1", None)
     against = paired_delta(arm, free, "f1", True)
     means |= {name.replace("f1_", "f1_answerable_free_"): value for name, value in against.items()}
     means |= length_controlled(arm, sft.predictions)
@@ -318,6 +319,12 @@ def measure_arms(
             results.setdefault(outer, {})[inner] = figures
         else:
             results[name] = figures
+    if "grpo/random" in arms:  # what a reward without meaning does is no gain
+        control = [evaluated.predictions for evaluated in arms["grpo/random"]]
+        for name in (name for name in arms if name.startswith("grpo/")):
+            against = paired_delta([e.predictions for e in arms[name]], control, "f1", None)
+            results["grpo"][name.removeprefix("grpo/")] |= {
+                figure.replace("f1_", "f1_random_"): value for figure, value in against.items()}
     at = matched_threshold(curve, results.get("dpo", results["sft"])["hallucination"])
     results["threshold"] = {**refusal_figures(refuse_below(sft.predictions, at)), "threshold": at,
                             "auroc_refusal": results["sft"]["auroc_refusal"], "curve": curve}
@@ -375,6 +382,26 @@ def describe_dpo(
             f"{dpo['auroc_refusal']:.2f} after. At the same share of made-up answers, {verdict}")
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #ba46898f
+def describe_reinforcement(
+    kept: Mapping[str, Any],  # of `measure_arms`
+) -> str:  # sentences
+    "Whether a reward taught more than a random one does."
+    arms = kept.get("grpo", {})
+    if "random" not in arms or len(arms) < 2:
+        return "No reward was measured beside a random one."
+    said = []
+    for name, arm in arms.items():
+        low, high = arm["f1_random_delta_low"], arm["f1_random_delta_high"]
+        verdict = "more than" if low > 0 else "less than" if high < 0 else "undecided against"
+        said += [] if name == "random" else [
+            f"GRPO, {name}: F1 {arm['f1']:.3f}, {arm['f1_random_delta']:+.3f} ({low:+.3f} to {high:+.3f}) to a random "
+            f"reward: {verdict} the control ({len(arm['seeds'])} seed{'s' * (len(arm['seeds']) > 1)})."]
+    control = arms["random"]
+    said.append(f"The random reward itself: F1 {control['f1']:.3f}, {control['f1_delta']:+.3f} "
+                f"({control['f1_delta_low']:+.3f} to {control['f1_delta_high']:+.3f}) to the fine-tuned model.")
+    return " ".join(said)
+
+
 def describe_reward_model(
     kept: Mapping[str, Any],  # of `measure_arms`
 ) -> str:  # sentences
@@ -421,7 +448,7 @@ def main(
     kept["commands"] = sorted({*kept.get("commands", []), command})
     write_json(out, kept)
     print(pd.DataFrame(figure_rows(kept)).to_string(index=False))
-    print(describe_dpo(kept), describe_reward_model(kept), sep="\n")
+    print(describe_dpo(kept), describe_reinforcement(kept), describe_reward_model(kept), sep="\n")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # as a program, and not as this notebook
