@@ -331,8 +331,11 @@ def run_pareto(
     rows = front_rows(versions, cfg)
     headline, choice = versions[cfg.reference].task.headline, choose_version(versions, rows, cfg)
     decision = describe_choice(choice, rows, cfg)
+    measured = ("peak_memory_mb", *SPEEDS, "seconds_per_answer", "on_front", "beaten_by", "over_budget")
     metrics = {"versions": len(rows), "on_front": sum(row["on_front"] for row in rows)}
     with working_folder(cfg.out, cfg) as work:
+        write_json(work / "scores.json", [{name: value for name, value in row.items()
+                                           if name not in measured and not name.startswith("cost_")} for row in rows])
         write_json(work / "pareto.json", {
             "versions": rows, "versions_count": len(rows), "headline": headline, "reference": cfg.reference,
             "margin": cfg.margin, "chosen": choice.chosen, "undecided": choice.undecided, "decision": decision,
