@@ -421,7 +421,8 @@ def judge_reply(
     try:
         reply = json.loads(content)
     except ValueError:
-        return "" if status == 200 and content.startswith((b"data:", b"event:")) else f"not JSON: {status} {content[:100]!r}"
+        streamed = status == 200 and content.startswith((b"data:", b"event:"))
+        return "" if streamed else f"not JSON: {status} {content[:100]!r}"
     if status != 200:
         return "" if "error" in reply else f"no reason: {status} {content[:100]!r}"
     if sent is None:
