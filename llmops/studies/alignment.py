@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['RESULTS', 'FIGURES', 'refusal_figures', 'refusal_logprobs', 'refusal_scores', 'refuse_below', 'free_curve',
            'matched_threshold', 'mean_over_seeds', 'paired_delta', 'win_rate', 'length_controlled', 'arm_figures',
-           'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'artifact_metrics',
-           'figure_rows', 'describe_dpo', 'describe_reinforcement', 'describe_reward_model', 'main']
+           'shake_adapter', 'time_own', 'time_trl', 'compare_with_trl', 'read_arms', 'measure_arms', 'place_threshold',
+           'artifact_metrics', 'figure_rows', 'describe_dpo', 'describe_reinforcement', 'describe_reward_model', 'main']
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #d36b2774
 def refusal_figures(
@@ -325,10 +325,18 @@ def measure_arms(
             against = paired_delta([e.predictions for e in arms[name]], control, "f1", None)
             results["grpo"][name.removeprefix("grpo/")] |= {
                 figure.replace("f1_", "f1_random_"): value for figure, value in against.items()}
-    at = matched_threshold(curve, results.get("dpo", results["sft"])["hallucination"])
-    results["threshold"] = {**refusal_figures(refuse_below(sft.predictions, at)), "threshold": at,
-                            "auroc_refusal": results["sft"]["auroc_refusal"], "curve": curve}
+    results["threshold"] = {"curve": curve}
     return results
+
+
+def place_threshold(
+    kept: Mapping[str, Any],  # of `measure_arms`, of this run and of those before it
+) -> dict[str, Any]:  # the point of the free curve that makes up as much as DPO does, or as the fine-tuned model
+    "The threshold as a row beside the arms."
+    curve = kept["threshold"]["curve"]
+    at = matched_threshold(curve, kept.get("dpo", kept["sft"])["hallucination"])
+    point = next(point for point in curve if point["threshold"] == at)
+    return {**point, "auroc_refusal": kept["sft"]["auroc_refusal"], "curve": curve}
 
 # %% ../../nbs/11_studies/16_alignment.ipynb #5ad859ed
 def artifact_metrics(
@@ -437,7 +445,8 @@ def main(
     if args.arms:
         for name, figures in measure_arms(read_arms(args.arms), args.data).items():
             several = "f1" not in figures  # arms of one name, such as grpo/metric and grpo/random
-            kept[name] = kept.get(name, {}) | figures if several else figures
+            kept[name] = kept.get(name, {}) | figures if several and name != "threshold" else figures
+        kept["threshold"] = place_threshold(kept)
     if args.reward_model:
         kept["reward_model"] = artifact_metrics(args.reward_model, "reward model")
     if args.preferences:
