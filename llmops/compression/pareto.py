@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..decision.leaderboard import evaluations_path
-from ..decision.leaderboard_rows import paired_difference
+from ..decision.leaderboard_rows import paired_difference, with_bounds
 from ..evaluation.costs import machine_cost
 from ..foundation.artifacts import read_manifest, seal, working_folder
 from ..foundation.datasets import read_split
@@ -24,16 +24,16 @@ from ..foundation.generation import generation_speed
 from ..foundation.models import load_model
 from ..foundation.project import from_cell, resolve_path, seed_everything, stage_params
 from ..foundation.reading import Row
-from ..foundation.report import format_interval, markdown_table, write_json
+from ..foundation.report import format_interval, markdown_table, save_svg, write_json
 from ..foundation.stats import EvaluationError
 from ..foundation.tracking import UNTRACKED, Run, track
 from ..selection.prices import cost_per_correct
 
 # %% auto #0
-__all__ = ['KIND', 'VOLATILE_FILES', 'SPEEDS', 'LOSS_ENDS', 'RESULTS', 'ParetoParams', 'answer_seconds', 'version_row',
-           'time_version', 'version_speeds', 'beats', 'over_budget', 'front_rows', 'Choice', 'smallest_within',
-           'choose_version', 'difference_text', 'describe_choice', 'front_table', 'plot_front', 'front_card',
-           'ParetoResult', 'run_pareto', 'main']
+__all__ = ['KIND', 'VOLATILE_FILES', 'SPEEDS', 'RESULTS', 'ParetoParams', 'answer_seconds', 'version_row', 'time_version',
+           'version_speeds', 'beats', 'over_budget', 'front_rows', 'Choice', 'smallest_within', 'choose_version',
+           'difference_text', 'describe_choice', 'front_table', 'plot_front', 'front_card', 'ParetoResult',
+           'run_pareto', 'main']
 
 # %% ../../nbs/07_compression/07_pareto.ipynb #277dbc66
 KIND = "pareto"  # the artifact's kind
@@ -84,8 +84,7 @@ def version_row(
     priced = [machine_cost(s, cfg.price_per_hour, cfg.busy) for s in seconds]
     cost = cost_per_correct(priced, version.headline, cfg.seed, cfg.resamples)
     delta, low, high = paired_difference(version, full, cfg.seed, cfg.resamples)
-    row = {"version": version.version, **{f"{headline}{end}": version.scores[f"{headline}{end}"]
-                                          for end in ("", "_low", "_high")}}
+    row: Row = {"version": version.version, **{name: version.scores[name] for name in with_bounds(headline)}}
     row |= {"delta": delta, "delta_low": low, "delta_high": high, "size_mb": version.scores["size_mb"],
             "peak_memory_mb": version.metrics.get("peak_memory_mb"), **{name: speed[name] for name in SPEEDS},
             "seconds_per_answer": sum(seconds) / len(seconds), "digest": version.digest}
@@ -185,8 +184,8 @@ def smallest_within(
         return {}
     row = min(kept, key=lambda row: row["size_mb"])
     ends = (row["delta"], row["delta_high"], row["delta_low"])  # a gain is a loss below zero: the ends change places
-    loss = {f"f1_loss{end}": None if value is None else -value + 0.0
-            for end, value in zip(("", "_low", "_high"), ends, strict=True)}
+    loss = {name: None if value is None else -value + 0.0
+            for name, value in zip(with_bounds("f1_loss"), ends, strict=True)}
     return {"version": row["version"], "size_mb": row["size_mb"], **loss, "sure": inside(row["delta_low"])}
 
 
@@ -243,13 +242,11 @@ def describe_choice(
         said.append("It is surely better than every other version that the budget allows.")
     if choice.within:
         row, sure = choice.within, "the whole interval is inside the margin"
+        loss = difference_text(*(row[name] for name in with_bounds("f1_loss")))
         said.append(f"The smallest version at most {cfg.margin:g} below {cfg.reference} is {row['version']} "
-                    f"({row['size_mb']:,.0f} MB, loss {difference_text(*(row[f'f1_loss{e}'] for e in LOSS_ENDS))}): "
+                    f"({row['size_mb']:,.0f} MB, loss {loss}): "
                     f"{sure if row['sure'] else 'undecided, for the interval reaches beyond the margin'}.")
     return said
-
-
-LOSS_ENDS = ("", "_low", "_high")
 
 
 def front_table(
@@ -325,7 +322,6 @@ def run_pareto(
     log: Run = UNTRACKED,  # where the figures are shown
 ) -> ParetoResult:  # to be sealed
     "Put all versions on one front, and take one. Raises `EvaluationError` when they cannot be compared."
-    from llmops.foundation.report import save_svg
     seed_everything(cfg.seed)
     versions = read_evaluations(evaluations_path(cfg.evaluations), (cfg.reference,), cfg.more)
     rows = front_rows(versions, cfg)

@@ -445,7 +445,7 @@ def main(
     if args.arms:
         for name, figures in measure_arms(read_arms(args.arms), args.data).items():
             several = "f1" not in figures  # arms of one name, such as grpo/metric and grpo/random
-            kept[name] = kept.get(name, {}) | figures if several and name != "threshold" else figures
+            kept[name] = kept.get(name, {}) | figures if several else figures
         kept["threshold"] = place_threshold(kept)
     if args.reward_model:
         kept["reward_model"] = artifact_metrics(args.reward_model, "reward model")

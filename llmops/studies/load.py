@@ -37,7 +37,7 @@ from .soak import held_by, tiny_server, wait_until_idle
 
 # %% auto #0
 __all__ = ['PATHS', 'FUZZED', 'TEXTS', 'RESULTS', 'serve_bare', 'run_bare', 'Answered', 'read_event', 'ask', 'chat_request',
-           'many_connections', 'run_clients', 'level_row', 'compare_servers', 'measure_overhead', 'Sampled',
+           'many_connections', 'run_clients', 'level_row', 'compare_servers', 'measure_overhead', 'memory_growth',
            'hold_clients', 'compare_ledger', 'hold_row', 'soak_gateway', 'draw_value', 'draw_request', 'judge_reply',
            'send_fuzz', 'fuzz_server', 'run_transformers_serve', 'keep_results', 'measure_load', 'measure', 'main']
 
@@ -242,18 +242,13 @@ def measure_overhead(
     return row
 
 # %% ../../nbs/11_studies/19_load.ipynb #12579826
-@dataclass
-class Sampled:
-    "What a process held while it was watched."
-    seconds: list[float]  # when
-    memory_mb: list[float]  # of the process, resident
-
-    def growth(self) -> float:
-        "MB by which the last third of the samples lies above the third before it."
-        import numpy as np
-        third = max(1, len(self.memory_mb) // 3)
-        last, before = self.memory_mb[-third:], self.memory_mb[-2 * third:-third] or self.memory_mb[:1]
-        return float(np.median(last) - np.median(before))
+def memory_growth(
+    held: Sequence[float],  # MB of a process, from time to time
+) -> float:  # MB
+    "By how much the last third of the samples lies above the third before it."
+    import numpy as np
+    third = max(1, len(held) // 3)
+    return float(np.median(held[-third:]) - np.median(held[-2 * third:-third] or held[:1]))
 
 
 async def hold_clients(
@@ -266,11 +261,11 @@ async def hold_clients(
     max_tokens: int,  # longest answer
     pid: int,  # the gateway's process
     seed: int,  # of who leaves, and when
-) -> tuple[list[Answered], Sampled]:
+) -> tuple[list[Answered], list[float]]:  # what they saw, and MB that the process held meanwhile
     "Keep so many clients busy, and watch the server's memory."
     import psutil
     end, found, rng = time.perf_counter() + seconds, list[Answered](), random.Random(seed)
-    watched = Sampled([], [])
+    held = list[float]()
 
     async def go_on(client: httpx.AsyncClient, number: int) -> None:
         turn = number
@@ -284,15 +279,14 @@ async def hold_clients(
                 await asyncio.sleep(0.2)
 
     async def watch() -> None:
-        process, start = psutil.Process(pid), time.perf_counter()
+        process = psutil.Process(pid)
         while time.perf_counter() < end:
-            watched.seconds.append(time.perf_counter() - start)
-            watched.memory_mb.append(process.memory_info().rss / 1e6)
+            held.append(process.memory_info().rss / 1e6)
             await asyncio.sleep(max(0.05, seconds / 120))
 
     async with many_connections() as client:
         await asyncio.gather(watch(), *(go_on(client, number) for number in range(clients)))
-    return found, watched
+    return found, held
 
 
 def compare_ledger(
@@ -321,13 +315,13 @@ def compare_ledger(
 
 def hold_row(
     found: Sequence[Answered],  # of `hold_clients`
-    watched: Sampled,  # likewise
+    held: Sequence[float],  # likewise
 ) -> Row:
     "What came of it."
     problems = [a.problem for a in found if a.problem and a.problem != "left" and not a.problem.startswith("429")]
     return {"requests": len(found), "left": sum(a.problem == "left" for a in found),
             "told_to_wait": sum(a.problem.startswith("429") for a in found), "lost": len(problems),
-            "first_problems": problems[:3], "memory_mb": watched.memory_mb[-1], "memory_growth_mb": watched.growth()}
+            "first_problems": problems[:3], "memory_mb": held[-1], "memory_growth_mb": memory_growth(held)}
 
 
 def soak_gateway(
@@ -346,7 +340,7 @@ def soak_gateway(
     client.close()
     wait_until_idle(address)
     threads, files = held_by(pid)
-    found, watched = asyncio.run(
+    found, held = asyncio.run(
         hold_clients(address, model, prompts, clients, seconds, leaving, max_tokens, pid, seed))
     running, now = wait_until_idle(address, 30), held_by(pid)
     for _ in range(50):  # a connection that has ended is given back a moment later
@@ -354,7 +348,7 @@ def soak_gateway(
             break
         time.sleep(0.1)
         now = held_by(pid)
-    return {"clients": clients, "seconds": seconds, **hold_row(found, watched), "still_running": running,
+    return {"clients": clients, "seconds": seconds, **hold_row(found, held), "still_running": running,
             "more_threads": now[0] - threads, "more_files": now[1] - files, **compare_ledger(ledger, found)}
 
 # %% ../../nbs/11_studies/19_load.ipynb #02500446
